@@ -1,0 +1,87 @@
+#pragma once
+
+// Sums of many floats, in blocks, so that the rounding error grows with the
+// number of blocks and not with the number of terms.
+
+#include "vec.h"
+
+namespace dlkernels {
+namespace DLKERNELS_CPU_CAPABILITY {
+
+// The sum of value(i, lanes) over the vectors of [0, size).
+template <typename Value>
+DLKERNELS_INLINE float sum_of(int64_t size, const Value& value) {
+  constexpr int64_t kStep = 4 * kVecSize;
+  constexpr int64_t kBlock = 32 * kStep;
+  Vec total{};
+  int64_t i = 0;
+  while (i + kStep <= size) {
+    const int64_t stop = i + kBlock < size ? i + kBlock : size;
+    Vec a{}, b{}, c{}, d{};
+    for (; i + kStep <= stop; i += kStep) {
+      a += value(i, Full{});
+      b += value(i + kVecSize, Full{});
+      c += value(i + 2 * kVecSize, Full{});
+      d += value(i + 3 * kVecSize, Full{});
+    }
+    total += (a + b) + (c + d);
+  }
+  for (; i + kVecSize <= size; i += kVecSize) {
+    total += value(i, Full{});
+  }
+  if (i < size) {
+    total += value(i, size - i);
+  }
+  return sum(total);
+}
+
+// sums[column] = the sum over rows of value(row, column, lanes). Rows are read
+// in order, a stretch of columns at a time, so that memory streams.
+template <typename Value>
+DLKERNELS_INLINE void sum_columns(
+    int64_t rows,
+    int64_t columns,
+    float* sums,
+    const Value& value) {
+  constexpr int64_t kStretch = 512;
+  constexpr int64_t kBlock = 64;
+  for (int64_t first = 0; first < columns; first += kStretch) {
+    const int64_t rest = columns - first;
+    const int64_t width = rest < kStretch ? rest : kStretch;
+    float* total = sums + first;
+    for_each_vec(width, [&](int64_t c, auto lanes) {
+      store(total + c, Vec{}, lanes);
+    });
+    float block[kStretch];
+    for (int64_t begin = 0; begin < rows; begin += kBlock) {
+      const int64_t end = begin + kBlock < rows ? begin + kBlock : rows;
+      for_each_vec(width, [&](int64_t c, auto lanes) {
+        store(block + c, Vec{}, lanes);
+      });
+      int64_t row = begin;
+      for (; row + 4 <= end; row += 4) {
+        for_each_vec(width, [&](int64_t c, auto lanes) {
+          const Vec ab = value(row, first + c, lanes) +
+              value(row + 1, first + c, lanes);
+          const Vec cd = value(row + 2, first + c, lanes) +
+              value(row + 3, first + c, lanes);
+          store(block + c, load(block + c, lanes) + (ab + cd), lanes);
+        });
+      }
+      for (; row < end; ++row) {
+        for_each_vec(width, [&](int64_t c, auto lanes) {
+          store(
+              block + c,
+              load(block + c, lanes) + value(row, first + c, lanes),
+              lanes);
+        });
+      }
+      for_each_vec(width, [&](int64_t c, auto lanes) {
+        store(total + c, load(total + c, lanes) + load(block + c, lanes), lanes);
+      });
+    }
+  }
+}
+
+} // namespace DLKERNELS_CPU_CAPABILITY
+} // namespace dlkernels

@@ -1,0 +1,294 @@
+#pragma once
+
+// The vector of floats that CPU kernels compute with: as wide as the
+// instruction set a kernel file is compiled for, on the compiler's own vector
+// extension, so that + - * / and comparisons are plain operators and
+// `mask ? a : b` selects lane by lane.
+//
+// 16-bit types are widened on load and rounded to nearest even on store.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../include/scalar_types.h"
+
+#ifndef DLKERNELS_CPU_CAPABILITY
+#error "a kernel file is compiled once per DLKERNELS_CPU_CAPABILITY"
+#endif
+
+#define DLKERNELS_INLINE static inline __attribute__((always_inline))
+
+namespace dlkernels {
+namespace DLKERNELS_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVecSize = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kVecSize = 8;
+#else
+constexpr int64_t kVecSize = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kVecSize)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kVecSize)));
+typedef uint32_t UIntVec __attribute__((vector_size(4 * kVecSize)));
+typedef uint16_t ShortVec __attribute__((vector_size(2 * kVecSize)));
+
+DLKERNELS_INLINE Vec broadcast(float value) {
+  return value - Vec{};
+}
+
+DLKERNELS_INLINE Vec as_float(UIntVec bits) {
+  return reinterpret_cast<Vec>(bits);
+}
+
+DLKERNELS_INLINE UIntVec as_bits(Vec value) {
+  return reinterpret_cast<UIntVec>(value);
+}
+
+// ---- 16-bit conversions -------------------------------------------------
+
+DLKERNELS_INLINE Vec widen(ShortVec value, BFloat16) {
+  return as_float(__builtin_convertvector(value, UIntVec) << 16);
+}
+
+DLKERNELS_INLINE ShortVec narrow(Vec value, BFloat16) {
+  const UIntVec bits = as_bits(value);
+  const UIntVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const UIntVec quiet_nan = UIntVec{} + 0x7FC0;
+  return __builtin_convertvector(
+      value == value ? rounded : quiet_nan, ShortVec);
+}
+
+#if defined(__AVX512F__)
+DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
+  return reinterpret_cast<Vec>(
+      _mm512_cvtph_ps(reinterpret_cast<__m256i>(value)));
+}
+
+DLKERNELS_INLINE ShortVec narrow(Vec value, Half) {
+  return reinterpret_cast<ShortVec>(_mm512_cvtps_ph(
+      reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
+  return reinterpret_cast<Vec>(
+      _mm256_cvtph_ps(reinterpret_cast<__m128i>(value)));
+}
+
+DLKERNELS_INLINE ShortVec narrow(Vec value, Half) {
+  return reinterpret_cast<ShortVec>(_mm256_cvtps_ph(
+      reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Half precision in integer arithmetic. Multiplying by a power of two aligns
+// the exponents and lets the hardware normalise subnormal numbers.
+DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
+  const UIntVec half = __builtin_convertvector(value, UIntVec);
+  const UIntVec magnitude = (half & 0x7FFF) << 13;
+  const Vec finite = as_float(magnitude) * 0x1p112f;
+  const UIntVec special = magnitude | 0x7F800000;
+  const UIntVec bits =
+      (half & 0x7C00) == 0x7C00 ? special : as_bits(finite);
+  return as_float(bits | ((half & 0x8000) << 16));
+}
+
+DLKERNELS_INLINE ShortVec narrow(Vec value, Half) {
+  const UIntVec bits = as_bits(value);
+  const UIntVec sign = (bits >> 16) & 0x8000;
+  const UIntVec magnitude = bits & 0x7FFFFFFF;
+  // Normal: rebias the exponent, round the 13 lost bits to nearest even.
+  const UIntVec normal =
+      (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal: adding 0.5 shifts the mantissa into place and rounds it.
+  const UIntVec subnormal =
+      as_bits(as_float(magnitude) + 0.5f) - 0x3F000000;
+  const UIntVec infinity = UIntVec{} + 0x7C00;
+  const UIntVec quiet_nan = UIntVec{} + 0x7E00;
+  UIntVec half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x477FF000 ? infinity : half;
+  half = magnitude > 0x7F800000 ? quiet_nan : half;
+  return __builtin_convertvector(half | sign, ShortVec);
+}
+#endif
+
+// ---- memory -------------------------------------------------------------
+
+DLKERNELS_INLINE Vec load(const float* from) {
+  Vec value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <typename T>
+DLKERNELS_INLINE Vec load(const T* from) {
+  ShortVec value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return widen(value, T{});
+}
+
+DLKERNELS_INLINE void store(float* to, Vec value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <typename T>
+DLKERNELS_INLINE void store(T* to, Vec value) {
+  const ShortVec narrowed = narrow(value, T{});
+  __builtin_memcpy(to, &narrowed, sizeof(narrowed));
+}
+
+// The first `count` lanes (0 <= count < kVecSize); the others are zero.
+DLKERNELS_INLINE Vec load(const float* from, int64_t count) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(
+      _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#else
+  Vec value{};
+  for (int64_t i = 0; i < count; ++i) {
+    value[i] = from[i];
+  }
+  return value;
+#endif
+}
+
+template <typename T>
+DLKERNELS_INLINE Vec load(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  return widen(
+      reinterpret_cast<ShortVec>(_mm256_maskz_loadu_epi16(
+          static_cast<__mmask16>((1u << count) - 1), from)),
+      T{});
+#else
+  ShortVec value{};
+  for (int64_t i = 0; i < count; ++i) {
+    value[i] = from[i].bits;
+  }
+  return widen(value, T{});
+#endif
+}
+
+DLKERNELS_INLINE void store(float* to, Vec value, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(
+      to,
+      static_cast<__mmask16>((1u << count) - 1),
+      reinterpret_cast<__m512>(value));
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    to[i] = value[i];
+  }
+#endif
+}
+
+template <typename T>
+DLKERNELS_INLINE void store(T* to, Vec value, int64_t count) {
+  const ShortVec narrowed = narrow(value, T{});
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(
+      to,
+      static_cast<__mmask16>((1u << count) - 1),
+      reinterpret_cast<__m256i>(narrowed));
+#else
+  for (int64_t i = 0; i < count; ++i) {
+    to[i].bits = narrowed[i];
+  }
+#endif
+}
+
+// Tag for loops whose body reads and writes whole vectors: the tail of a loop
+// gets a lane count instead, and the same body serves both.
+struct Full {};
+
+template <typename T>
+DLKERNELS_INLINE Vec load(const T* from, Full) {
+  return load(from);
+}
+
+template <typename T>
+DLKERNELS_INLINE void store(T* to, Vec value, Full) {
+  store(to, value);
+}
+
+// Calls body(i, lanes) for each vector of [0, size): lanes is Full{} but for
+// the last, incomplete vector, where it is the number of lanes.
+template <typename Body>
+DLKERNELS_INLINE void for_each_vec(int64_t size, const Body& body) {
+  int64_t i = 0;
+  for (; i + kVecSize <= size; i += kVecSize) {
+    body(i, Full{});
+  }
+  if (i < size) {
+    body(i, size - i);
+  }
+}
+
+// A single element, widened or rounded as a vector of it would be.
+template <typename T>
+DLKERNELS_INLINE float load_one(const T* from) {
+  return load(from, 1)[0];
+}
+
+template <typename T>
+DLKERNELS_INLINE void store_one(T* to, float value) {
+  store(to, broadcast(value), 1);
+}
+
+// ---- arithmetic ---------------------------------------------------------
+
+// NaN in either operand gives NaN, as in torch (the hardware's max does not).
+DLKERNELS_INLINE Vec maximum(Vec a, Vec b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+DLKERNELS_INLINE Vec minimum(Vec a, Vec b) {
+  return (a < b) | (a != a) ? a : b;
+}
+
+DLKERNELS_INLINE float sum(Vec value) {
+  float lanes[kVecSize];
+  __builtin_memcpy(lanes, &value, sizeof(value));
+  for (int64_t width = kVecSize / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) {
+      lanes[i] += lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+// e^x to about one unit in the last place; 0 below -103.97 (results under the
+// smallest normal number keep fewer digits), infinity above 88.72.
+DLKERNELS_INLINE Vec exp(Vec x) {
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  constexpr float kRounder = 12582912.0f;
+  const Vec clamped = minimum(maximum(x, broadcast(-104.0f)), broadcast(89.0f));
+  const Vec shifted = clamped * 1.44269504088896341f + kRounder;
+  const Vec n = shifted - kRounder;
+  // ln 2 in two parts: n times the first is exact.
+  const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vec mantissa = (p * r * r + r) + 1.0f;
+  // 2^n as two factors, since n may lie outside the exponents of a float.
+  const IntVec exponent = __builtin_convertvector(n, IntVec);
+  const IntVec half = exponent >> 1;
+  const Vec low = as_float(reinterpret_cast<UIntVec>((half + 127) << 23));
+  const Vec high =
+      as_float(reinterpret_cast<UIntVec>((exponent - half + 127) << 23));
+  const Vec result = mantissa * low * high;
+  return x == x ? result : x;
+}
+
+DLKERNELS_INLINE Vec sigmoid(Vec x) {
+  return 1.0f / (1.0f + exp(-x));
+}
+
+} // namespace DLKERNELS_CPU_CAPABILITY
+} // namespace dlkernels

@@ -1,0 +1,35 @@
+"""Packaging: setuptools for Python, tools/native_build.py for the compiled parts."""
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+import native_build  # noqa: E402
+
+
+class NativeBuildExt(build_ext):
+    """Hands the one extension, dlkernels._info, and the libraries beside it to ninja."""
+
+    def run(self):
+        info = Path(self.get_ext_fullpath("dlkernels._info"))
+        native_build.build(
+            output=info.parent.resolve(),
+            build_dir=Path(self.build_temp).resolve(),
+            info_name=info.name,
+            version=native_build.read_version(),
+        )
+
+    def get_outputs(self):
+        folder = Path(self.get_ext_fullpath("dlkernels._info")).parent
+        return [str(path) for path in sorted(folder.glob("*.so"))]
+
+
+setup(
+    version=native_build.read_version(),
+    ext_modules=[Extension("dlkernels._info", sources=["csrc/bindings.cpp"])],
+    cmdclass={"build_ext": NativeBuildExt},
+)
