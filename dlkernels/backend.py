@@ -41,23 +41,22 @@ _CUDA_LIBRARY = torch.library.Library("dlkernels_cuda", "FRAGMENT")
 
 @dataclass(frozen=True)
 class _Op:
-    """An op of the library and where its Triton launcher stands."""
+    """An op of the library.
+
+    Attributes:
+        name: without its namespace.
+        triton_module: where its Triton launcher stands, if it has one.
+        missing: for each backend the reason why it is not there, or None if it is.
+    """
 
     name: str
     triton_module: str | None
+    missing: dict[str, str | None]
 
     def launcher(self) -> Callable[..., Any]:
-        if self.triton_module is None:
-            raise RuntimeError(f"dlkernels::{self.name} has no Triton kernel")
+        """The Triton launcher; its module is imported at the first use."""
+        assert self.triton_module is not None
         return getattr(importlib.import_module(self.triton_module), self.name)
-
-    def has_cuda_kernel(self) -> bool:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels_cuda::{self.name}", "CUDA")
-
-    def has_cpp_kernel(self) -> bool:
-        return not INTERPRETED and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"dlkernels::{self.name}", "CPU"
-        )
 
 
 _ops: dict[str, _Op] = {}
@@ -180,31 +179,21 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def _reason_against(backend: str, op: _Op, device: str) -> str | None:
     """Why the backend cannot serve the op on the device, or None if it can."""
-    if backend == "reference":
-        return None
-    missing = _missing[backend]
-    if missing is not None:
-        return missing
-    interpreter = backend == "triton" and INTERPRETED
-    serves = "cpu" if backend == "cpp" or interpreter else "cuda"
-    if device != serves:
-        return f"it serves {serves} tensors, not {device}"
-    has_kernel = {
-        "cpp": op.has_cpp_kernel,
-        "cuda": op.has_cuda_kernel,
-        "triton": lambda: op.triton_module is not None,
-    }[backend]
-    return None if has_kernel() else "the op has no such kernel"
+    reason = op.missing[backend]
+    if reason is None and backend != "reference" and device != _device_of(backend):
+        return f"it serves {_device_of(backend)} tensors, not {device}"
+    return reason
+
+
+def _device_of(backend: str) -> str:
+    return "cpu" if backend == "cpp" or (backend == "triton" and INTERPRETED) else "cuda"
 
 
 def availability() -> dict[str, dict[str, str]]:
     """For each op, for each backend: ``"available"``, or the reason why it is not."""
     table: dict[str, dict[str, str]] = {}
     for op in _ops.values():
-        table[op.name] = {}
-        for backend in BACKENDS:
-            device = "cpu" if backend == "cpp" or INTERPRETED else "cuda"
-            table[op.name][backend] = _reason_against(backend, op, device) or "available"
+        table[op.name] = {name: op.missing[name] or "available" for name in BACKENDS}
     return table
 
 
@@ -270,7 +259,7 @@ def define(
     _LIBRARY.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
     _CUDA_LIBRARY.define(name + signature)
     torch.library.register_fake(f"dlkernels::{name}", fake, lib=_LIBRARY)
-    op = _ops[name] = _Op(name, triton_module)
+    op = _ops[name] = _Op(name, triton_module, _missing_kernels(name, triton_module))
 
     def kernel(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
@@ -280,6 +269,22 @@ def define(
 
     _LIBRARY.impl(name, kernel, "CPU" if INTERPRETED else "CUDA")
     return getattr(torch.ops.dlkernels, name).default
+
+
+def _missing_kernels(name: str, triton_module: str | None) -> dict[str, str | None]:
+    def registered(namespace: str, key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
+
+    has_kernel = {
+        "cpp": registered("dlkernels", "CPU"),
+        "cuda": registered("dlkernels_cuda", "CUDA"),
+        "triton": triton_module is not None,
+        "reference": True,
+    }
+    return {
+        backend: _missing[backend] or (None if has else "the op has no such kernel")
+        for backend, has in has_kernel.items()
+    }
 
 
 def register_autocast(name: str) -> None:
