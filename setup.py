@@ -8,7 +8,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-import native_build  # noqa: E402
+import native_build
 
 
 class NativeBuildExt(build_ext):

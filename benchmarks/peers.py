@@ -1,0 +1,89 @@
+"""Times a function and its named peers in turn, in one run.
+
+The first function is the library's; pytest-benchmark's own table shows it. Peers and the floor (a
+plain copy of the bytes that must move) are timed interleaved with it, so that the ratios hold when
+the machine's speed drifts; the summary at the end of the run shows them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+ROUNDS = 15
+
+rows: list[dict[str, str | float]] = []
+
+
+def compare(
+    benchmark,
+    functions: dict[str, Callable[..., Tensor]],
+    inputs: Sequence[Tensor],
+    training: bool,
+    floor: Callable[[], object],
+) -> None:
+    """Times every function on the inputs and adds a row to the summary.
+
+    In training all inputs get gradients, and a call is forward and backward.
+    """
+    torch.set_num_threads(2)
+    torch._dynamo.reset()
+    calls = {
+        name: _training_step(function, inputs) if training else _inference(function, inputs)
+        for name, function in functions.items()
+    }
+    calls["floor"] = floor
+    medians = _interleaved_medians(calls)
+    ours, *peers = functions
+    best = min(peers, key=medians.__getitem__)
+    rows.append(
+        {
+            "benchmark": benchmark.name.removeprefix("test_"),
+            **{f"{name} ms": 1e3 * medians[name] for name in calls},
+            "best peer": best,
+            "ratio to best": medians[ours] / medians[best],
+            "ratio to floor": medians[ours] / medians["floor"],
+        }
+    )
+    benchmark.extra_info.update(rows[-1])
+    benchmark.pedantic(calls[ours], rounds=3, iterations=1)
+
+
+def _inference(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return call
+
+
+def _training_step(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> Callable[[], object]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    grad = torch.randn_like(function(*leaves))
+
+    def call() -> None:
+        function(*leaves).backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return call
+
+
+def _interleaved_medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    for call in calls.values():
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}

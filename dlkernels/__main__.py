@@ -1,0 +1,5 @@
+"""``python -m dlkernels``."""
+
+from dlkernels.cli import main
+
+main()

@@ -1,0 +1,38 @@
+"""The commands of ``python -m dlkernels``."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from dlkernels import backend
+from dlkernels.version import __version__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses the command line and runs the command."""
+    parser = argparse.ArgumentParser(prog="dlkernels", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    info = commands.add_parser("info", help="what this install holds, and what serves each op")
+    info.set_defaults(run=lambda _: print(info_text()))
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def info_text() -> str:
+    """Versions, what the build holds, and for each op which backend is available or why not."""
+    lines = [f"dlkernels {__version__}, torch {torch.__version__}"]
+    if backend.info is None:
+        lines.append("compiled parts: none (pure Python install)")
+    else:
+        built = backend.info
+        lines.append(f"compiled for torch {built.torch_version}, CPU: {built.cpu_capabilities}")
+        if not backend.INTERPRETED:
+            lines.append(f"CPU kernels in use: {torch.ops.dlkernels.cpu_capability()}")
+        cuda = f"{built.cuda_version} ({built.cuda_arch_list})" if built.cuda_version else "none"
+        lines.append(f"CUDA: {cuda} {built.no_cuda_reason}".rstrip())
+    for op, backends in backend.availability().items():
+        lines.append(f"\n{op}")
+        lines += [f"  {name:<10}{state}" for name, state in backends.items()]
+    return "\n".join(lines)
