@@ -47,9 +47,11 @@ class Batch {
   // Calls body(first sample, number of samples) for each group.
   template <typename Body>
   void for_each_group(const Body& body) const {
-    constexpr int64_t kGroupBytes = 4 << 20;
-    const int64_t size = std::max<int64_t>(
-        1, kGroupBytes / std::max<int64_t>(1, sample_bytes_));
+    constexpr int64_t kGroupBytes = 8 << 20;
+    const int64_t fitting = kGroupBytes / std::max<int64_t>(1, sample_bytes_);
+    // Whole rounds of one sample per thread.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t size = std::max<int64_t>(1, fitting / threads) * threads;
     for (int64_t first = 0; first < samples_; first += size) {
       body(first, std::min(size, samples_ - first));
     }
@@ -60,11 +62,12 @@ class Batch {
   template <typename Pass>
   void run(int64_t first, int64_t count, const Pass& pass) const {
     Maps maps = maps_;
-    // Channels are cut in whole cache lines where they lie next to each other.
-    const int64_t most = ceil_div(maps.channels, 64);
     const int64_t threads = torch::stable::get_num_threads();
-    maps.parts = std::max<int64_t>(
-        1, std::min(most, ceil_div(4 * threads, count)));
+    // Whole samples stream best where channels lie next to each other.
+    if (!maps.channels_last || count % threads != 0) {
+      const int64_t most = std::max<int64_t>(1, maps.channels / 64);
+      maps.parts = std::min(most, ceil_div(4 * threads, count));
+    }
     parallel_for(
         count * maps.parts,
         maps.channels * maps.area / maps.parts,

@@ -249,14 +249,20 @@ DLKERNELS_INLINE Vec minimum(Vec a, Vec b) {
 }
 
 DLKERNELS_INLINE float sum(Vec value) {
-  float lanes[kVecSize];
-  __builtin_memcpy(lanes, &value, sizeof(value));
-  for (int64_t width = kVecSize / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) {
-      lanes[i] += lanes[i + width];
-    }
-  }
-  return lanes[0];
+#if defined(__AVX512F__)
+  const auto a = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+      __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const Vec a = value;
+#endif
+#if defined(__AVX2__)
+  const auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) +
+      __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#else
+  const Vec b = a;
+#endif
+  const auto c = b + __builtin_shufflevector(b, b, 2, 3, 2, 3);
+  return c[0] + c[1];
 }
 
 // e^x to about one unit in the last place; 0 below -103.97 (results under the

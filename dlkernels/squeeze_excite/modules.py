@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from dlkernels.checks import check_choice
@@ -13,6 +15,9 @@ LAYER_NAMES = {
     "timm": ("conv_reduce", "conv_expand"),
     "selayer": ("fc.0", "fc.2"),
 }
+
+
+Layer = nn.Linear | nn.Conv2d
 
 
 class SqueezeExcite(nn.Module):
@@ -49,18 +54,21 @@ class SqueezeExcite(nn.Module):
     ):
         super().__init__()
         check_choice("style", style, LAYER_NAMES)
-        sizes = (channels, squeeze_channels), (squeeze_channels, channels)
+        reduce: Layer
+        expand: Layer
         if style == "selayer":
-            reduce, expand = (nn.Linear(*size, bias=bias) for size in sizes)
+            reduce = nn.Linear(channels, squeeze_channels, bias=bias)
+            expand = nn.Linear(squeeze_channels, channels, bias=bias)
         else:
-            reduce, expand = (nn.Conv2d(*size, 1, bias=bias) for size in sizes)
+            reduce = nn.Conv2d(channels, squeeze_channels, 1, bias=bias)
+            expand = nn.Conv2d(squeeze_channels, channels, 1, bias=bias)
         self._adopt(reduce, expand, LAYER_NAMES[style], activation, gate, output_activation)
 
     @classmethod
     def from_layers(
         cls,
-        reduce: nn.Module,
-        expand: nn.Module,
+        reduce: Layer,
+        expand: Layer,
         names: tuple[str, str],
         *,
         activation: str = "relu",
@@ -84,8 +92,8 @@ class SqueezeExcite(nn.Module):
 
     def _adopt(
         self,
-        reduce: nn.Module,
-        expand: nn.Module,
+        reduce: Layer,
+        expand: Layer,
         names: tuple[str, str],
         activation: str,
         gate: str,
@@ -102,14 +110,14 @@ class SqueezeExcite(nn.Module):
             self.get_submodule(parent).add_module(child, layer)
 
     @property
-    def reduce(self) -> nn.Module:
+    def reduce(self) -> Layer:
         """The first layer, C to R."""
-        return self.get_submodule(self.names[0])
+        return cast(Layer, self.get_submodule(self.names[0]))
 
     @property
-    def expand(self) -> nn.Module:
+    def expand(self) -> Layer:
         """The second layer, R to C."""
-        return self.get_submodule(self.names[1])
+        return cast(Layer, self.get_submodule(self.names[1]))
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Scales ``x`` [N, C, H, W], adds ``shortcut`` if given, applies the output activation."""

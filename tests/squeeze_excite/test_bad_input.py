@@ -39,7 +39,7 @@ def test_names(name):
 
 
 def test_module_style():
-    with pytest.raises(ValueError, match="style must be one of 'torchvision'.*'keras'"):
+    with pytest.raises(ValueError, match=r"style must be one of 'torchvision'.*'keras'"):
         nn.SqueezeExcite(8, 2, style="keras")
 
 
