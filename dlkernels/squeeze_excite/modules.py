@@ -135,4 +135,5 @@ class SqueezeExcite(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options, as ``print(module)`` shows them."""
         return f"activation={self.activation}, gate={self.gate}, output={self.output_activation}"

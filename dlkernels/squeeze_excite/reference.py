@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
-OUTPUT_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "relu": F.relu}
+Function = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Function] = {"relu": F.relu, "silu": F.silu}
+GATES: dict[str, Function] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+OUTPUT_ACTIVATIONS: dict[str, Function] = {"identity": lambda x: x, "relu": F.relu}
 
 
 def squeeze_excite(

@@ -26,8 +26,7 @@ def test_opcheck_of_other_strides():
 
 
 def test_opcheck_of_backward():
-    n, c, h, w, r = shape = (2, 16, 5, 5, 4)
-    tensors = make_inputs(shape).tensors
+    tensors = make_inputs((2, 16, 5, 5, 4)).tensors
     out, *saved = OP(*tensors, "relu", "sigmoid", "relu")
     torch.library.opcheck(
         torch.ops.dlkernels.squeeze_excite_backward.default,
