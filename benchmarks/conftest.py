@@ -14,8 +14,9 @@ def pytest_terminal_summary(terminalreporter):
         f"kernels: {torch.ops.dlkernels.cpu_capability()}"
     )
     columns = list(dict.fromkeys(name for row in peers.rows for name in row))
-    widths = {name: max(len(name), *(len(_cell(row, name)) for row in peers.rows))
-              for name in columns}
+    widths = {
+        name: max(len(name), *(len(_cell(row, name)) for row in peers.rows)) for name in columns
+    }
     terminalreporter.write_line("  ".join(name.ljust(widths[name]) for name in columns))
     for row in peers.rows:
         terminalreporter.write_line(

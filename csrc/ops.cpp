@@ -16,7 +16,7 @@ std::string cpu_capability_name() {
   return name_of(cpu_capability());
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dlkernels, m) {
   m.def("cpu_capability() -> str");
@@ -26,4 +26,4 @@ STABLE_TORCH_LIBRARY_IMPL(dlkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability_name));
 }
 
-} // namespace dlkernels
+}  // namespace dlkernels

@@ -105,9 +105,7 @@ def _write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def _write_build_info(
-    path: Path, version: str, torch: Torch, toolkit: Toolkit | str
-) -> None:
+def _write_build_info(path: Path, version: str, torch: Torch, toolkit: Toolkit | str) -> None:
     has_cuda = isinstance(toolkit, Toolkit)
     values = {
         "kVersion": version,

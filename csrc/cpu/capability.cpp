@@ -38,12 +38,13 @@ CpuCapability chosen_capability() {
     }
   }
   throw std::runtime_error(
-      std::string("DLKERNELS_CPU_CAPABILITY must be default, avx2 or avx512, "
-                  "but is ") +
+      std::string(
+          "DLKERNELS_CPU_CAPABILITY must be default, avx2 or avx512, "
+          "but is ") +
       asked);
 }
 
-} // namespace
+}  // namespace
 
 CpuCapability cpu_capability() {
   static const CpuCapability capability = chosen_capability();
@@ -61,4 +62,4 @@ const char* name_of(CpuCapability capability) {
   }
 }
 
-} // namespace dlkernels
+}  // namespace dlkernels

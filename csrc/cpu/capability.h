@@ -19,7 +19,7 @@ CpuCapability cpu_capability();
 
 const char* name_of(CpuCapability capability);
 
-} // namespace dlkernels
+}  // namespace dlkernels
 
 // Declares the table of functions `name` of type `Table` that each copy of a
 // kernel file defines, and a function of the same name that returns the copy

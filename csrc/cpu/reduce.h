@@ -39,19 +39,15 @@ DLKERNELS_INLINE float sum_of(int64_t size, const Value& value) {
 // in order, a stretch of columns at a time, so that memory streams.
 template <typename Value>
 DLKERNELS_INLINE void sum_columns(
-    int64_t rows,
-    int64_t columns,
-    float* sums,
-    const Value& value) {
+    int64_t rows, int64_t columns, float* sums, const Value& value) {
   constexpr int64_t kStretch = 512;
   constexpr int64_t kBlock = 64;
   for (int64_t first = 0; first < columns; first += kStretch) {
     const int64_t rest = columns - first;
     const int64_t width = rest < kStretch ? rest : kStretch;
     float* total = sums + first;
-    for_each_vec(width, [&](int64_t c, auto lanes) {
-      store(total + c, Vec{}, lanes);
-    });
+    for_each_vec(
+        width, [&](int64_t c, auto lanes) { store(total + c, Vec{}, lanes); });
     float block[kStretch];
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
       const int64_t end = begin + kBlock < rows ? begin + kBlock : rows;
@@ -61,10 +57,10 @@ DLKERNELS_INLINE void sum_columns(
       int64_t row = begin;
       for (; row + 4 <= end; row += 4) {
         for_each_vec(width, [&](int64_t c, auto lanes) {
-          const Vec ab = value(row, first + c, lanes) +
-              value(row + 1, first + c, lanes);
+          const Vec ab =
+              value(row, first + c, lanes) + value(row + 1, first + c, lanes);
           const Vec cd = value(row + 2, first + c, lanes) +
-              value(row + 3, first + c, lanes);
+                         value(row + 3, first + c, lanes);
           store(block + c, load(block + c, lanes) + (ab + cd), lanes);
         });
       }
@@ -77,11 +73,12 @@ DLKERNELS_INLINE void sum_columns(
         });
       }
       for_each_vec(width, [&](int64_t c, auto lanes) {
-        store(total + c, load(total + c, lanes) + load(block + c, lanes), lanes);
+        store(
+            total + c, load(total + c, lanes) + load(block + c, lanes), lanes);
       });
     }
   }
 }
 
-} // namespace DLKERNELS_CPU_CAPABILITY
-} // namespace dlkernels
+}  // namespace DLKERNELS_CPU_CAPABILITY
+}  // namespace dlkernels

@@ -84,9 +84,7 @@ class Batch {
 };
 
 void check_weights(
-    const Tensor& x,
-    const Tensor& reduce_weight,
-    const Tensor& expand_weight) {
+    const Tensor& x, const Tensor& reduce_weight, const Tensor& expand_weight) {
   STD_TORCH_CHECK(x.dim() == 4, "x must have shape [N, C, H, W]");
   STD_TORCH_CHECK(
       reduce_weight.dim() == 2 && reduce_weight.size(1) == x.size(1),
@@ -107,9 +105,8 @@ void check_bias(
     int64_t size,
     const char* name) {
   STD_TORCH_CHECK(
-      !bias ||
-          (bias->dim() == 1 && bias->size(0) == size &&
-           bias->scalar_type() == x.scalar_type()),
+      !bias || (bias->dim() == 1 && bias->size(0) == size &&
+                bias->scalar_type() == x.scalar_type()),
       name,
       " must have one element per output feature and the dtype of x");
 }
@@ -250,13 +247,11 @@ squeeze_excite_backward(
   const int64_t channels = batch.channels();
   const int64_t squeezed = reduce_weight.size(0);
   Tensor grad_x = empty_maps(x, format);
-  Tensor grad_shortcut = shortcut_grad ? empty_maps(x, format)
-                                       : torch::stable::new_empty(x, {0});
-  Tensor grad_reduce_weight =
-      torch::stable::new_empty(x, {squeezed, channels});
+  Tensor grad_shortcut =
+      shortcut_grad ? empty_maps(x, format) : torch::stable::new_empty(x, {0});
+  Tensor grad_reduce_weight = torch::stable::new_empty(x, {squeezed, channels});
   Tensor grad_reduce_bias = torch::stable::new_empty(x, {squeezed});
-  Tensor grad_expand_weight =
-      torch::stable::new_empty(x, {channels, squeezed});
+  Tensor grad_expand_weight = torch::stable::new_empty(x, {channels, squeezed});
   Tensor grad_expand_bias = torch::stable::new_empty(x, {channels});
   // Gradients of what the gate and the inner activation were applied to.
   Tensor grad_logits = empty_float(x, {samples, channels});
@@ -339,8 +334,7 @@ squeeze_excite_backward(
     });
   });
 
-  kernels.activate(
-      activation, hidden_data, activated_data, samples * squeezed);
+  kernels.activate(activation, hidden_data, activated_data, samples * squeezed);
   const auto weight_backward = [&](const float* in,
                                    int64_t in_features,
                                    float* grad,
@@ -380,11 +374,11 @@ squeeze_excite_backward(
       grad_shortcut};
 }
 
-} // namespace
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
   m.impl("squeeze_excite", TORCH_BOX(&squeeze_excite));
   m.impl("squeeze_excite_backward", TORCH_BOX(&squeeze_excite_backward));
 }
 
-} // namespace dlkernels
+}  // namespace dlkernels

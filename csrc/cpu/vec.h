@@ -92,8 +92,7 @@ DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
   const UIntVec magnitude = (half & 0x7FFF) << 13;
   const Vec finite = as_float(magnitude) * 0x1p112f;
   const UIntVec special = magnitude | 0x7F800000;
-  const UIntVec bits =
-      (half & 0x7C00) == 0x7C00 ? special : as_bits(finite);
+  const UIntVec bits = (half & 0x7C00) == 0x7C00 ? special : as_bits(finite);
   return as_float(bits | ((half & 0x8000) << 16));
 }
 
@@ -105,8 +104,7 @@ DLKERNELS_INLINE ShortVec narrow(Vec value, Half) {
   const UIntVec normal =
       (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   // Subnormal: adding 0.5 shifts the mantissa into place and rounds it.
-  const UIntVec subnormal =
-      as_bits(as_float(magnitude) + 0.5f) - 0x3F000000;
+  const UIntVec subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000;
   const UIntVec infinity = UIntVec{} + 0x7C00;
   const UIntVec quiet_nan = UIntVec{} + 0x7E00;
   UIntVec half = magnitude < 0x38800000 ? subnormal : normal;
@@ -250,14 +248,15 @@ DLKERNELS_INLINE Vec minimum(Vec a, Vec b) {
 
 DLKERNELS_INLINE float sum(Vec value) {
 #if defined(__AVX512F__)
-  const auto a = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+  const auto a =
+      __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
       __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   const Vec a = value;
 #endif
 #if defined(__AVX2__)
   const auto b = __builtin_shufflevector(a, a, 0, 1, 2, 3) +
-      __builtin_shufflevector(a, a, 4, 5, 6, 7);
+                 __builtin_shufflevector(a, a, 4, 5, 6, 7);
 #else
   const Vec b = a;
 #endif
@@ -296,5 +295,5 @@ DLKERNELS_INLINE Vec sigmoid(Vec x) {
   return 1.0f / (1.0f + exp(-x));
 }
 
-} // namespace DLKERNELS_CPU_CAPABILITY
-} // namespace dlkernels
+}  // namespace DLKERNELS_CPU_CAPABILITY
+}  // namespace dlkernels

@@ -29,4 +29,4 @@ static inline void dispatch(ScalarType type, const Body& body) {
   }
 }
 
-} // namespace dlkernels
+}  // namespace dlkernels

@@ -53,21 +53,20 @@ inline bool is_channels_last(const Tensor& maps) {
 // channels_last where `maps` is that and nothing else, contiguous otherwise.
 inline MemoryFormat memory_format_of(const Tensor& maps) {
   return !maps.is_contiguous() && is_channels_last(maps)
-      ? MemoryFormat::ChannelsLast
-      : MemoryFormat::Contiguous;
+             ? MemoryFormat::ChannelsLast
+             : MemoryFormat::Contiguous;
 }
 
 // `maps` itself where it has that format already.
 inline Tensor in_format(const Tensor& maps, MemoryFormat format) {
   const bool has_format = format == MemoryFormat::ChannelsLast
-      ? is_channels_last(maps)
-      : maps.is_contiguous();
+                              ? is_channels_last(maps)
+                              : maps.is_contiguous();
   return has_format ? maps : torch::stable::contiguous(maps, format);
 }
 
 inline std::optional<Tensor> in_format(
-    const std::optional<Tensor>& maps,
-    MemoryFormat format) {
+    const std::optional<Tensor>& maps, MemoryFormat format) {
   return maps ? std::optional<Tensor>(in_format(*maps, format)) : std::nullopt;
 }
 
@@ -91,8 +90,7 @@ inline Tensor empty_maps(const Tensor& maps, MemoryFormat format) {
 }
 
 inline Tensor empty_float(
-    const Tensor& like,
-    std::initializer_list<int64_t> sizes) {
+    const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(
       like, sizes, torch::headeronly::ScalarType::Float);
 }
@@ -117,4 +115,4 @@ void parallel_for(int64_t items, int64_t cost_per_item, const Body& body) {
   }
 }
 
-} // namespace dlkernels
+}  // namespace dlkernels

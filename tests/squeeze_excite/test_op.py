@@ -28,10 +28,10 @@ def test_opcheck_of_other_strides():
 def test_opcheck_of_backward():
     tensors = make_inputs((2, 16, 5, 5, 4)).tensors
     out, *saved = OP(*tensors, "relu", "sigmoid", "relu")
+    options = ("relu", "sigmoid", True)
     torch.library.opcheck(
         torch.ops.dlkernels.squeeze_excite_backward.default,
-        (torch.ones_like(out), tensors[0], tensors[1], tensors[3], out, *saved)
-        + ("relu", "sigmoid", True),
+        (torch.ones_like(out), *(tensors[i] for i in (0, 1, 3)), out, *saved, *options),
         test_utils=("test_schema", "test_faketensor"),
     )
 

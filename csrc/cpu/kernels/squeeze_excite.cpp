@@ -27,10 +27,7 @@ Part part_of(const Maps& maps, int64_t item, int64_t extent) {
 // sums[c] = sum of value(offset, lanes) over the map, for the channels of part.
 template <typename Value>
 DLKERNELS_INLINE void sum_channels(
-    const Maps& maps,
-    const Part& part,
-    float* sums,
-    const Value& value) {
+    const Maps& maps, const Part& part, float* sums, const Value& value) {
   const int64_t sample = part.sample * maps.channels * maps.area;
   if (maps.channels_last) {
     sum_columns(
@@ -55,9 +52,7 @@ DLKERNELS_INLINE void sum_channels(
 // factors from c on being what the map's channel c is to be multiplied by.
 template <typename Body>
 DLKERNELS_INLINE void for_each_scaled(
-    const Maps& maps,
-    const Part& part,
-    const Body& body) {
+    const Maps& maps, const Part& part, const Body& body) {
   const int64_t sample = part.sample * maps.channels * maps.area;
   if (maps.channels_last) {
     for (int64_t row = part.begin; row < part.end; ++row) {
@@ -147,9 +142,7 @@ void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
     auto* out = static_cast<Pointer>(args.out);
     const auto run = [&](const Part& part, const auto& finish) {
       for_each_scaled(
-          args.maps,
-          part,
-          [&](int64_t i, const auto& factor, auto lanes) {
+          args.maps, part, [&](int64_t i, const auto& factor, auto lanes) {
             const Vec scaled = load(x + i, lanes) * factor(args.scale);
             store(out + i, finish(scaled, i, lanes), lanes);
           });
@@ -182,9 +175,7 @@ void scale_backward(const ScaleBackwardArgs& args, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Part part = part_of(args.maps, item, scaled_extent(args.maps));
       for_each_scaled(
-          args.maps,
-          part,
-          [&](int64_t i, const auto& factor, auto lanes) {
+          args.maps, part, [&](int64_t i, const auto& factor, auto lanes) {
             Vec grad = load(grad_out + i, lanes);
             if (out != nullptr) {
               grad = load(out + i, lanes) > 0.0f ? grad : Vec{};
@@ -235,7 +226,7 @@ void linear_backward(const LinearArgs& args, int64_t begin, int64_t end) {
             grad_in,
             [&](int64_t j, int64_t k, auto lanes) {
               return grad[j] *
-                  load(weight + j * args.in_features + first + k, lanes);
+                     load(weight + j * args.in_features + first + k, lanes);
             });
       }
     }
@@ -256,7 +247,7 @@ void linear_weight_backward(
         Vec total{};
         for (int64_t m = 0; m < args.rows; ++m) {
           total += args.out[m * args.out_features + j] *
-              load(args.in + m * args.in_features + k, lanes);
+                   load(args.in + m * args.in_features + k, lanes);
         }
         store(weight + j * args.in_features + k, total, lanes);
       });
@@ -270,10 +261,7 @@ void linear_weight_backward(
 }
 
 void activate(
-    Activation activation,
-    const float* hidden,
-    float* out,
-    int64_t size) {
+    Activation activation, const float* hidden, float* out, int64_t size) {
   for_each_vec(size, [&](int64_t i, auto lanes) {
     const Vec z = load(hidden + i, lanes);
     store(
@@ -284,10 +272,7 @@ void activate(
 }
 
 void activate_backward(
-    Activation activation,
-    const float* hidden,
-    float* grad,
-    int64_t size) {
+    Activation activation, const float* hidden, float* grad, int64_t size) {
   for_each_vec(size, [&](int64_t i, auto lanes) {
     const Vec z = load(hidden + i, lanes);
     const Vec g = load(grad + i, lanes);
@@ -306,8 +291,7 @@ void gate(Gate kind, float* values, int64_t size) {
     if (kind == Gate::Sigmoid) {
       store(values + i, sigmoid(z), lanes);
     } else {
-      const Vec clamped =
-          minimum(maximum(z + 3.0f, Vec{}), broadcast(6.0f));
+      const Vec clamped = minimum(maximum(z + 3.0f, Vec{}), broadcast(6.0f));
       store(values + i, clamped / 6.0f, lanes);
     }
   });
@@ -325,7 +309,7 @@ void gate_backward(Gate kind, const float* scale, float* grad, int64_t size) {
   });
 }
 
-} // namespace
+}  // namespace
 
 extern const SqueezeExciteKernels squeeze_excite_kernels = {
     pool,
@@ -341,5 +325,5 @@ extern const SqueezeExciteKernels squeeze_excite_kernels = {
     gate_backward,
 };
 
-} // namespace DLKERNELS_CPU_CAPABILITY
-} // namespace dlkernels
+}  // namespace DLKERNELS_CPU_CAPABILITY
+}  // namespace dlkernels

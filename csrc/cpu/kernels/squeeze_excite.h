@@ -25,8 +25,8 @@ struct Maps {
 struct ScaleArgs {
   Maps maps;
   const void* x;
-  const float* scale; // [samples, channels]
-  const void* shortcut; // like x, or null
+  const float* scale;    // [samples, channels]
+  const void* shortcut;  // like x, or null
   bool relu;
   void* out;
 };
@@ -34,34 +34,30 @@ struct ScaleArgs {
 struct ScaleBackwardArgs {
   Maps maps;
   const void* grad_out;
-  const void* out; // masks grad_out where given
+  const void* out;  // masks grad_out where given
   const void* x;
-  const float* scale; // [samples, channels]
-  const float* grad_pooled; // [samples, channels]
+  const float* scale;        // [samples, channels]
+  const float* grad_pooled;  // [samples, channels]
   void* grad_x;
-  void* grad_shortcut; // or null
+  void* grad_shortcut;  // or null
 };
 
 // out[m, j] = bias[j] + sum_k in[m, k] * weight[j, k]
 struct LinearArgs {
-  ScalarType dtype; // of weight and bias
+  ScalarType dtype;  // of weight and bias
   int64_t rows;
   int64_t in_features;
   int64_t out_features;
   const float* in;
   const void* weight;
-  const void* bias; // or null
+  const void* bias;  // or null
   float* out;
 };
 
 struct SqueezeExciteKernels {
   // pooled[n, c] = mean of x; an item is a part of a sample's channels.
   void (*pool)(
-      const Maps&,
-      const void* x,
-      float* pooled,
-      int64_t begin,
-      int64_t end);
+      const Maps&, const void* x, float* pooled, int64_t begin, int64_t end);
   // grad_scale[n, c] = sum of grad_out * x, where out > 0 if out is given.
   void (*pool_backward)(
       const Maps&,
@@ -91,10 +87,7 @@ struct SqueezeExciteKernels {
   void (*activate)(Activation, const float* hidden, float* out, int64_t size);
   // grad becomes grad * activation'(hidden).
   void (*activate_backward)(
-      Activation,
-      const float* hidden,
-      float* grad,
-      int64_t size);
+      Activation, const float* hidden, float* grad, int64_t size);
   void (*gate)(Gate, float* values, int64_t size);
   // grad becomes grad * gate', of the gate's output.
   void (*gate_backward)(Gate, const float* scale, float* grad, int64_t size);
@@ -104,4 +97,4 @@ constexpr int64_t kLinearBlock = 64;
 
 DLKERNELS_DECLARE_CPU_KERNELS(SqueezeExciteKernels, squeeze_excite_kernels)
 
-} // namespace dlkernels
+}  // namespace dlkernels
