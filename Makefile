@@ -1,3 +1,4 @@
+# make demo    set up, build, and show networks before and after
 # make test    set up, build, then lint, types and all tests
 # VENV=folder  reuses an environment elsewhere
 
@@ -9,7 +10,10 @@ CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tes
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: test gpu bench setup build lint types format clean
+.PHONY: demo test gpu bench setup build lint types format clean
+
+demo: build
+	$(PY) -m dlkernels demo
 
 test: build lint types
 	$(PY) -m pytest tests

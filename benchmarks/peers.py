@@ -7,12 +7,12 @@ the machine's speed drifts; the summary at the end of the run shows them.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from dlkernels.measure import interleaved_medians
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 ROUNDS = 15
@@ -38,7 +38,7 @@ def compare(
         for name, function in functions.items()
     }
     calls["floor"] = floor
-    medians = _interleaved_medians(calls)
+    medians = interleaved_medians(calls, ROUNDS)
     ours, *peers = functions
     best = min(peers, key=medians.__getitem__)
     rows.append(
@@ -74,16 +74,3 @@ def _training_step(
             leaf.grad = None
 
     return call
-
-
-def _interleaved_medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    for call in calls.values():
-        call()
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -16,8 +17,18 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     info = commands.add_parser("info", help="what this install holds, and what serves each op")
     info.set_defaults(run=lambda _: print(info_text()))
+    demo = commands.add_parser("demo", help="shows networks before and after accelerate()")
+    demo.add_argument("--output", default="out/demo.png", help="where the chart goes")
+    demo.set_defaults(run=_run_demo)
     options = parser.parse_args(arguments)
     options.run(options)
+
+
+def _run_demo(options: argparse.Namespace) -> None:
+    # Imported here: the demo needs packages that the library does not.
+    from dlkernels.demo import run
+
+    run(Path(options.output))
 
 
 def info_text() -> str:

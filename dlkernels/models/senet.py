@@ -1,0 +1,235 @@
+"""SE-ResNet, SE-ResNeXt and SENet-154.
+
+Hu, Shen and Sun, "Squeeze-and-Excitation Networks" (2018), section 4 and appendix; He et al.,
+"Deep Residual Learning" (2016); Xie et al., "Aggregated Residual Transformations" (2017). Strides
+sit in the 3x3 convolutions, as in torchvision's and timm's ResNets.
+
+State dicts of timm's models of the same names load unchanged; those of timm's
+``legacy_senet154`` through :func:`from_timm_legacy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlkernels.squeeze_excite.modules import SqueezeExcite
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels inside a bottleneck block, as multiples of the stage's base width.
+
+    Attributes:
+        reduce: of the first 1x1 convolution.
+        spatial: of the 3x3 convolution.
+        groups: of the 3x3 convolution.
+    """
+
+    reduce: float = 1
+    spatial: float = 1
+    groups: int = 1
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, squeeze-excite, sum and ReLU; for the networks of 18 and 34 layers."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        widths: Widths,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.se = _squeeze_excite(planes)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, planes, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.se(self.bn2(self.conv2(out)), shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution, squeeze-excite, sum and ReLU."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        downsample: nn.Module | None,
+        widths: Widths,
+    ):
+        super().__init__()
+        reduced, spatial = int(planes * widths.reduce), int(planes * widths.spatial)
+        out_channels = planes * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, reduced, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(reduced)
+        self.conv2 = nn.Conv2d(
+            reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(spatial)
+        self.conv3 = nn.Conv2d(spatial, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.se = _squeeze_excite(out_channels)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, 4 planes, H / stride, W / stride]."""
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        return self.se(self.bn3(self.conv3(out)), shortcut)
+
+
+def _squeeze_excite(channels: int) -> SqueezeExcite:
+    """A block's last pass; the paper's reduction of 16, at least 8 hidden channels as in timm."""
+    squeezed = max(8, (channels // 16 + 4) // 8 * 8)
+    return SqueezeExcite(channels, squeezed, output_activation="relu")
+
+
+class SENet(nn.Module):
+    """A ResNet of squeeze-excite blocks.
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        depths: blocks in each of the four stages.
+        widths: channels inside the bottlenecks.
+        deep_stem: three 3x3 convolutions (64, 64, 128 channels) in place of one 7x7, a 3x3
+            convolution in place of 1x1 in the shortcuts of stages 2 to 4, and a pool that rounds
+            up: SENet-154's stem.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images.
+        dropout: probability before the classifier.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: tuple[int, int, int, int],
+        widths: Widths = Widths(),
+        *,
+        deep_stem: bool = False,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.deep_stem = deep_stem
+        if deep_stem:
+            self.conv1 = nn.Conv2d(in_channels, 64, 3, 2, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(64)
+            self.conv2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(64)
+            self.conv3 = nn.Conv2d(64, 128, 3, 1, 1, bias=False)
+            self.bn3 = nn.BatchNorm2d(128)
+            self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+            self.bn1 = nn.BatchNorm2d(64)
+            self.maxpool = nn.MaxPool2d(3, 2, 1)
+        channels = 128 if deep_stem else 64
+        for stage, depth in enumerate(depths):
+            planes, stride = 64 << stage, 1 if stage == 0 else 2
+            kernel = 3 if deep_stem and stage > 0 else 1
+            blocks: list[nn.Module] = []
+            for index in range(depth):
+                first = index == 0
+                out_channels = planes * block.expansion
+                downsample = None
+                if first and (stride != 1 or channels != out_channels):
+                    downsample = nn.Sequential(
+                        nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, bias=False),
+                        nn.BatchNorm2d(out_channels),
+                    )
+                blocks.append(block(channels, planes, stride if first else 1, downsample, widths))
+                channels = out_channels
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The maps after each stage, at 1/4, 1/8, 1/16 and 1/32 of the image's size."""
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.deep_stem:
+            x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+            x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = self.maxpool(x)
+        features = []
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+            features.append(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to logits [N, num_classes]."""
+        return self.fc(self.dropout(self.forward_features(x)[-1].mean((2, 3))))
+
+
+def from_timm_legacy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turns a state dict of timm's ``legacy_senet154`` into one of :func:`senet154`."""
+
+    def renamed(key: str) -> str:
+        key = key.removeprefix("layer0.").replace("se_module.", "se.")
+        return key.replace("last_linear.", "fc.")
+
+    return {renamed(key): value for key, value in state_dict.items()}
+
+
+def seresnet18(**options: Any) -> SENet:
+    """SE-ResNet-18; options are those of :class:`SENet`."""
+    return SENet(BasicBlock, (2, 2, 2, 2), **options)
+
+
+def seresnet34(**options: Any) -> SENet:
+    """SE-ResNet-34."""
+    return SENet(BasicBlock, (3, 4, 6, 3), **options)
+
+
+def seresnet50(**options: Any) -> SENet:
+    """SE-ResNet-50."""
+    return SENet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+def seresnet101(**options: Any) -> SENet:
+    """SE-ResNet-101."""
+    return SENet(Bottleneck, (3, 4, 23, 3), **options)
+
+
+def seresnet152(**options: Any) -> SENet:
+    """SE-ResNet-152."""
+    return SENet(Bottleneck, (3, 8, 36, 3), **options)
+
+
+def seresnext50_32x4d(**options: Any) -> SENet:
+    """SE-ResNeXt-50 (32x4d)."""
+    return SENet(Bottleneck, (3, 4, 6, 3), Widths(2, 2, groups=32), **options)
+
+
+def seresnext101_32x4d(**options: Any) -> SENet:
+    """SE-ResNeXt-101 (32x4d)."""
+    return SENet(Bottleneck, (3, 4, 23, 3), Widths(2, 2, groups=32), **options)
+
+
+def senet154(**options: Any) -> SENet:
+    """SENet-154."""
+    options = {"dropout": 0.2, **options}
+    return SENet(Bottleneck, (3, 8, 36, 3), Widths(2, 4, groups=64), deep_stem=True, **options)

@@ -1,0 +1,93 @@
+"""accelerate() keeps outputs, gradients, parameters and keys, and can be undone."""
+
+import pytest
+import timm
+import torch
+import torchvision
+
+import dlkernels
+from dlkernels.nn import SqueezeExcite
+from tests.numbers import relative_error
+
+MODELS = {
+    "torchvision efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), 16),
+    "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 9),
+    "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8),
+    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 16),
+    "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 8),
+    "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), 8),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_gradients_parameters_and_keys(name):
+    make, count = MODELS[name]
+    model = make().eval()
+    x = torch.randn(2, 3, 64, 64)
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    keys = list(model.state_dict())
+    expected = model(x)
+    grads = torch.autograd.grad(expected.square().sum(), list(parameters.values()))
+
+    report = dlkernels.accelerate(model)
+    assert len(report.swapped) == count
+    assert not report.left
+    assert sorted(model.state_dict()) == sorted(keys)
+    assert all(parameters[key] is value for key, value in model.named_parameters())
+    actual = model(x)
+    assert relative_error(actual, expected) < 1e-4
+    ours = torch.autograd.grad(actual.square().sum(), list(parameters.values()))
+    total = lambda values: torch.cat([v.flatten() for v in values])  # noqa: E731
+    assert relative_error(total(ours), total(grads)) < 1e-3
+
+    assert report.restore() is model
+    assert {key: id(m) for key, m in model.named_modules()} == {
+        key: id(m) for key, m in modules.items()
+    }
+    assert torch.equal(model(x), expected)
+
+
+def test_what_cannot_be_proven_equal_is_left_with_a_reason():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = timm.layers
+            self.maxpool = layers.SEModule(16, add_maxpool=True)
+            self.norm = layers.SEModule(16, norm_layer=torch.nn.BatchNorm2d)
+            self.tanh = layers.SEModule(16, act_layer=torch.nn.Tanh)
+            self.one_layer = layers.EffectiveSEModule(16)
+            self.hooked = layers.SEModule(16)
+            self.hooked.fc1.register_forward_hook(lambda *_: None)
+            self.plain = layers.SEModule(16)
+
+    report = dlkernels.accelerate(Net())
+    assert list(report.swapped) == ["plain"]
+    for name, word in {
+        "maxpool": "max pool",
+        "norm": "norm",
+        "tanh": "Tanh",
+        "one_layer": "one layer",
+        "hooked": "hooks",
+    }.items():
+        assert word in report.left[name]
+        assert name in str(report)
+
+
+def test_shared_module_stays_shared_and_mode_follows():
+    shared = timm.layers.SEModule(16)
+    model = torch.nn.Sequential(shared, shared).eval()
+    report = dlkernels.accelerate(model)
+    assert model[0] is model[1]
+    assert isinstance(model[0], SqueezeExcite)
+    assert not model[0].training
+    model.train()
+    report.restore()
+    assert model[0] is model[1] is shared
+    assert shared.training
+
+
+def test_the_model_itself_and_bad_input():
+    assert "itself" in str(dlkernels.accelerate(timm.layers.SEModule(16)))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, but is str"):
+        dlkernels.accelerate("resnet")
