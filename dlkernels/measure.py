@@ -12,7 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 Call = Callable[[], object]
 
 
-def interleaved_medians(calls: Mapping[str, Call], rounds: int, warmup: int = 2) -> dict[str, float]:
+def interleaved_medians(
+    calls: Mapping[str, Call], rounds: int, warmup: int = 2
+) -> dict[str, float]:
     """Median seconds of each call; the calls take turns, so that drift hits all alike."""
     for call in calls.values():
         for _ in range(warmup):

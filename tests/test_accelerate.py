@@ -89,5 +89,5 @@ def test_shared_module_stays_shared_and_mode_follows():
 
 def test_the_model_itself_and_bad_input():
     assert "itself" in str(dlkernels.accelerate(timm.layers.SEModule(16)))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, but is str"):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but is str"):
         dlkernels.accelerate("resnet")

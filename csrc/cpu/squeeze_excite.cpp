@@ -47,11 +47,12 @@ class Batch {
   // Calls body(first sample, number of samples) for each group.
   template <typename Body>
   void for_each_group(const Body& body) const {
-    constexpr int64_t kGroupBytes = 8 << 20;
+    constexpr int64_t kGroupBytes = 6 << 20;
     const int64_t fitting = kGroupBytes / std::max<int64_t>(1, sample_bytes_);
-    // Whole rounds of one sample per thread.
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t size = std::max<int64_t>(1, fitting / threads) * threads;
+    // Whole samples, one a thread, stream best where channels lie together.
+    const int64_t round =
+        maps_.channels_last ? torch::stable::get_num_threads() : 1;
+    const int64_t size = std::max<int64_t>(1, fitting / round) * round;
     for (int64_t first = 0; first < samples_; first += size) {
       body(first, std::min(size, samples_ - first));
     }

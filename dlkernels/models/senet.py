@@ -80,9 +80,7 @@ class Bottleneck(nn.Module):
         out_channels = planes * self.expansion
         self.conv1 = nn.Conv2d(in_channels, reduced, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(reduced)
-        self.conv2 = nn.Conv2d(
-            reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False
-        )
+        self.conv2 = nn.Conv2d(reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False)
         self.bn2 = nn.BatchNorm2d(spatial)
         self.conv3 = nn.Conv2d(spatial, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
