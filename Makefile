@@ -17,10 +17,12 @@ demo: build
 
 test: build lint types
 	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof
 
 gpu: build
 	$(PY) -m dlkernels info
 	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof
 	$(PY) -m pytest benchmarks --benchmark-only
 
 bench: build

@@ -19,3 +19,8 @@ def memory_format_of(maps: torch.Tensor) -> torch.memory_format:
 def empty_maps(maps: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor of the shape, dtype and device of ``maps``, in that format."""
     return torch.empty_like(maps, memory_format=memory_format_of(maps))
+
+
+def to_format_of(like: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """``maps`` itself where it lies in memory as ``like`` does, else a copy that does."""
+    return maps.contiguous(memory_format=memory_format_of(like))

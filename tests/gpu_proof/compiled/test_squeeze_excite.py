@@ -1,0 +1,52 @@
+"""The machine code of squeeze_excite's Triton kernels, held to the budget beside them."""
+
+import pytest
+import torch
+
+from dlkernels.squeeze_excite import triton as kernels
+from tests.gpu_proof.launches import Launch, record
+from tests.gpu_proof.machine_code import ARCHITECTURES, compile_ahead
+from tests.numbers import DTYPES, FORMATS
+
+SHAPE = 2, 256, 56, 56
+SQUEEZED = 16
+
+
+def launches(dtype: torch.dtype, memory_format: torch.memory_format, relu: bool) -> list[Launch]:
+    x = torch.empty(SHAPE, dtype=dtype).contiguous(memory_format=memory_format)
+    n, c = SHAPE[:2]
+    reduce, expand = x.new_empty(SQUEEZED, c), x.new_empty(c, SQUEEZED)
+    biases = x.new_empty(SQUEEZED), x.new_empty(c)
+    names = ("relu", "sigmoid") if relu else ("silu", "hard_sigmoid")
+    pooled, hidden = torch.empty(n, c), torch.empty(n, SQUEEZED)
+    other = x if relu else None
+    forward = record(
+        kernels.squeeze_excite,
+        *(x, reduce, biases[0], expand, biases[1], other, *names),
+        "relu" if relu else "identity",
+    )
+    backward = record(
+        kernels.squeeze_excite_backward,
+        *(x, x, reduce, expand, other, pooled, hidden, pooled, *names, relu),
+    )
+    return forward + backward
+
+
+def test_every_kernel_has_a_budget():
+    launched = {launch.name for launch in launches(torch.float32, torch.contiguous_format, True)}
+    assert launched == set(kernels.BUDGETS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "se-resnet"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_budget(dtype, memory_format, relu, architecture):
+    for launch in launches(dtype, memory_format, relu):
+        code = compile_ahead(launch, architecture)
+        budget = kernels.BUDGETS[launch.name]
+        found = f"{launch.name}: {code}"
+        assert code.spills == 0, found
+        assert code.registers <= budget.registers, found
+        assert code.shared <= budget.shared, found
+        assert code.wide >= budget.wide, found

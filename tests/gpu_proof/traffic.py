@@ -1,0 +1,76 @@
+"""Counts the bytes that Triton kernels load and store, in the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder
+
+SECTOR = 32
+
+
+@dataclass
+class Traffic:
+    """Bytes moved between kernels and global memory.
+
+    Attributes:
+        loaded: bytes that unmasked lanes asked for.
+        stored: bytes that unmasked lanes wrote.
+        sectors: bytes of the distinct 32-byte sectors behind each access: what the memory moves.
+    """
+
+    loaded: int = 0
+    stored: int = 0
+    sectors: int = 0
+    atomics: int = field(default=0)
+
+    @property
+    def moved(self) -> int:
+        return self.loaded + self.stored
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Counts what kernels run in the ``with`` block load and store."""
+    traffic = Traffic()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    atomic = InterpreterBuilder.create_atomic_rmw
+
+    def counted_load(builder: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        traffic.loaded += _bytes(ptrs, mask)
+        traffic.sectors += _sector_bytes(ptrs, mask)
+        return load(builder, ptrs, mask, *args)
+
+    def counted_store(builder: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        traffic.stored += _bytes(ptrs, mask)
+        traffic.sectors += _sector_bytes(ptrs, mask)
+        return store(builder, ptrs, value, mask, *args)
+
+    def counted_atomic(builder: Any, *args: Any) -> Any:
+        traffic.atomics += 1
+        return atomic(builder, *args)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+        mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+        mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_atomic),
+    ):
+        yield traffic
+
+
+def _item_size(ptrs: Any) -> int:
+    return max(8, ptrs.get_element_ty().primitive_bitwidth) // 8
+
+
+def _bytes(ptrs: Any, mask: Any) -> int:
+    return int(np.count_nonzero(mask.data)) * _item_size(ptrs)
+
+
+def _sector_bytes(ptrs: Any, mask: Any) -> int:
+    addresses = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)]
+    return SECTOR * np.unique(addresses // SECTOR).size
