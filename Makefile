@@ -1,12 +1,13 @@
 # make demo    set up, build, and show networks before and after
 # make test    set up, build, then lint, types and all tests
+# make gpu     on a machine with a GPU: all tests and benchmarks, and a report of them
 # VENV=folder  reuses an environment elsewhere
 
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
 INSTALLED = $(VENV)/dlkernels-requirements.txt
-CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h')
+CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
 
 export PYTHONPATH := $(CURDIR)
 
@@ -20,10 +21,7 @@ test: build lint types
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof
 
 gpu: build
-	$(PY) -m dlkernels info
-	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof
-	$(PY) -m pytest benchmarks --benchmark-only
+	$(PY) tools/gpu_report.py
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-only

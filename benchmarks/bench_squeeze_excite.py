@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.peers import FORMATS, compare
+from benchmarks.peers import DEVICE, FORMATS, compare
 from dlkernels import ops
 from dlkernels.squeeze_excite import reference
 
@@ -26,8 +26,8 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_squeeze_excite(benchmark, shape, training, memory_format):
     n, c, h, w, r = shape
-    x = torch.randn(n, c, h, w).contiguous(memory_format=memory_format)
-    weights = torch.randn(r, c), torch.randn(r), torch.randn(c, r), torch.randn(c)
+    x = torch.randn(n, c, h, w, device=DEVICE).contiguous(memory_format=memory_format)
+    weights = [torch.randn(shape, device=DEVICE) for shape in ((r, c), (r,), (c, r), (c,))]
 
     def eager(*tensors):
         return reference.squeeze_excite(*tensors, None, "relu", "sigmoid", "identity")

@@ -10,7 +10,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     terminalreporter.section("medians of interleaved runs")
     terminalreporter.write_line(
-        f"{_cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{_device()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"kernels: {torch.ops.dlkernels.cpu_capability()}"
     )
     columns = list(dict.fromkeys(name for row in peers.rows for name in row))
@@ -29,7 +29,9 @@ def _cell(row, name):
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def _cpu_model():
+def _device():
+    if peers.DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if "model name" in line)

@@ -16,6 +16,7 @@ from dlkernels.measure import interleaved_medians
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 ROUNDS = 15
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows: list[dict[str, str | float]] = []
 

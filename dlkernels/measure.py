@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,6 +25,8 @@ def interleaved_medians(
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+# The kernels that serve each device; on the CPU alone, the Triton interpreter has a process of its
+# own (tests/gpu_proof).
+DEVICES_AND_BACKENDS = [
+    ("cpu", "cpp"),
+    *([("cuda", "cuda"), ("cuda", "triton")] if torch.cuda.is_available() else []),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 

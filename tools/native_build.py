@@ -214,17 +214,22 @@ def _add_cuda(
     ninja: _NinjaFile, output: Path, toolkit: Toolkit, stable_abi: list[str], libraries: str
 ) -> None:
     host_flags = ",".join(["-fPIC", "-fvisibility=hidden", "-Wno-psabi"])
-    flags = [
-        *("-std=c++20", "-O3", "-DUSE_CUDA", f"-Xcompiler={host_flags}"),
+    kernel_flags = [
+        *("-std=c++20", "-O3", f"-Xcompiler={host_flags}"),
         *("-Werror=all-warnings", "-Xptxas=-warn-spills", "-Xfatbin=-compress-all"),
         *gencode_flags(_arch_list()),
-        *stable_abi,
     ]
+    cuda = ROOT / "csrc" / "cuda"
     ninja.rule("nvcc", f"{toolkit.nvcc} -MMD -MF $out.d -c $in -o $out $flags", depfile=True)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if not sources:
-        return
-    objects = [ninja.compile("nvcc", source, flags, ".cuda") for source in sources]
+    objects = [
+        ninja.compile("nvcc", source, kernel_flags)
+        for source in sorted((cuda / "kernels").glob("*.cu"))
+    ]
+    launcher_flags = [*stable_abi, "-DUSE_CUDA", f"-isystem {toolkit.home}/include"]
+    objects += [
+        ninja.compile("compile", source, COMMON_FLAGS + launcher_flags)
+        for source in sorted(cuda.glob("*.cpp"))
+    ]
     runtime = f"-L{toolkit.home}/lib64"
     ninja.link(
         output / "libdlkernels_cuda.so",

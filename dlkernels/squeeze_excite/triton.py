@@ -18,19 +18,19 @@ from torch import Tensor
 from dlkernels.memory_format import empty_maps, to_format_of
 from dlkernels.triton_support import Budget, alignment_of, launch
 
-TILE = 2048
+TILE = 1024
 BLOCK_SQUEEZED = 16
 BLOCK_CHANNELS = 64
 
 BUDGETS = {
-    "sum_maps_kernel": Budget(registers=64, shared=2048, wide=0.66),
-    "hidden_kernel": Budget(registers=48, shared=2048),
+    "sum_maps_kernel": Budget(registers=56, shared=2048, wide=0.66),
+    "hidden_kernel": Budget(registers=48, shared=1024),
     "scale_kernel": Budget(registers=48, shared=1024),
-    "scale_maps_kernel": Budget(registers=48, shared=2048, wide=0.66),
-    "hidden_backward_kernel": Budget(registers=48, shared=2048),
+    "scale_maps_kernel": Budget(registers=48, shared=1024, wide=0.66),
+    "hidden_backward_kernel": Budget(registers=48, shared=1024),
     "pooled_backward_kernel": Budget(registers=48, shared=1024),
-    "scale_maps_backward_kernel": Budget(registers=48, shared=2048, wide=0.66),
-    "weight_backward_kernel": Budget(registers=48, shared=2048),
+    "scale_maps_backward_kernel": Budget(registers=48, shared=1024, wide=0.5),
+    "weight_backward_kernel": Budget(registers=48, shared=4096),
 }
 
 
@@ -381,7 +381,7 @@ class _Maps:
         outer_block = min(triton.next_power_of_2(max(1, outer)), TILE // inner_block)
         blocks = (inner_block, outer_block) if self.channels_last else (outer_block, inner_block)
         self.block_c, self.block_a = blocks
-        self.stretch = 16 * self.block_a if self.channels_last else 8 * TILE
+        self.stretch = 16 * self.block_a if self.channels_last else 8 * self.block_a
         self.splits = max(1, triton.cdiv(self.area, self.stretch))
         self.c_blocks = triton.cdiv(self.channels, self.block_c)
         self.a_blocks = triton.cdiv(self.area, self.block_a)

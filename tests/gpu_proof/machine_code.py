@@ -51,25 +51,35 @@ def compile_ahead(launch: Launch, architecture: int) -> MachineCode:
     compiled = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options=launch.options
     )
-    code = read_cubin(compiled.asm["cubin"])
+    (code,) = read_cubin(compiled.asm["cubin"]).values()
     code.shared = max(code.shared, compiled.metadata.shared)
     return code
 
 
-def read_cubin(cubin: bytes) -> MachineCode:
-    """The machine code of the one kernel in a cubin."""
+def read_cubin(cubin: bytes) -> dict[str, MachineCode]:
+    """The machine code of each kernel in a cubin, by its (mangled) name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _run("cuobjdump", "-res-usage", path)
         assembly = _run("nvdisasm", "-c", path)
+    bodies = re.split(r"^\.text\.([^:\s]+):$", assembly, flags=re.MULTILINE)[1:]
+    resources = {
+        name: (int(registers), int(shared))
+        for name, registers, shared in re.findall(
+            r"Function (\S+):\s+REG:(\d+) .*?SHARED:(\d+)", usage
+        )
+    }
+    return {
+        name: _machine_code(body, *resources[name])
+        for name, body in zip(bodies[::2], bodies[1::2], strict=True)
+    }
+
+
+def _machine_code(assembly: str, registers: int, shared: int) -> MachineCode:
     accesses = re.findall(r"\b(?:LDG|STG)(\.[A-Z0-9_.]+)?", assembly)
-    return MachineCode(
-        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
-        shared=int(re.search(r"SHARED:(\d+)", usage).group(1)),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        widths=[_width(suffix) for suffix in accesses],
-    )
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+    return MachineCode(registers, shared, spills, [_width(suffix) for suffix in accesses])
 
 
 def _width(suffix: str) -> int:

@@ -5,7 +5,7 @@ import torch
 
 from dlkernels import ops, use_backend
 from dlkernels.squeeze_excite import reference
-from tests.numbers import DEVICES, DTYPES, FORMATS, assert_exact, relative_error
+from tests.numbers import DEVICES_AND_BACKENDS, DTYPES, FORMATS, assert_exact, relative_error
 from tests.squeeze_excite.cases import NAMES, OPTIONS, SHAPES, make_inputs
 
 
@@ -19,17 +19,18 @@ def plain(*tensors, activation, gate, output_activation):
     return reference.squeeze_excite(*tensors, activation, gate, output_activation)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_outputs_and_gradients(shape, dtype, memory_format, options, device):
+def test_outputs_and_gradients(shape, dtype, memory_format, options, device, backend):
     shortcut = options["output_activation"] == "relu"
     bias = options["activation"] == "relu"
     inputs = make_inputs(shape, dtype, memory_format, bias, shortcut, device)
     grad = torch.randn(shape[:4], device=device).to(dtype)
-    out, grads = run(ops.squeeze_excite, inputs.leaves(), grad, **options)
+    with use_backend(backend):
+        out, grads = run(ops.squeeze_excite, inputs.leaves(), grad, **options)
     expected, expected_grads = run(plain, inputs.leaves(torch.float64), grad, **options)
 
     assert out.dtype == dtype

@@ -1,15 +1,13 @@
 #pragma once
 
 #include "../../include/scalar_types.h"
+#include "../../include/squeeze_excite.h"
 #include "../capability.h"
 
 // The passes of squeeze_excite. Each works on a range of items, so that a
 // launcher can share the items out among threads.
 
 namespace dlkernels {
-
-enum class Activation : int32_t { Relu, Silu };
-enum class Gate : int32_t { Sigmoid, HardSigmoid };
 
 // A batch of maps [samples, channels, area], or [samples, area, channels] when
 // channels_last. An item of a pass is a part of one sample: `parts` divide its
