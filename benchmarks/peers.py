@@ -7,9 +7,12 @@ the machine's speed drifts; the summary at the end of the run shows them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Sequence
 
 import torch
+import torch._inductor.config
 from torch import Tensor
 
 from dlkernels.measure import interleaved_medians
@@ -19,6 +22,25 @@ ROUNDS = 15
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows: list[dict[str, str | float]] = []
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory instead of handing it back to the system.
+
+    Whether a tensor of many megabytes costs page faults (several times the time of filling it)
+    depends otherwise on the order in which a process freed tensors before, which is luck. Training
+    processes run with allocators that keep memory, too (PyTorch's performance tuning guide).
+    """
+    trim_threshold, mmap_max = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
+keep_freed_memory()
+# Compiling in this process alone: idle compile workers would share the cores with the timings.
+torch._inductor.config.compile_threads = 1
 
 
 def compare(

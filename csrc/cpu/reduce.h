@@ -35,6 +35,30 @@ DLKERNELS_INLINE float sum_of(int64_t size, const Value& value) {
   return sum(total);
 }
 
+// sums[plane] = the sum of value(plane, i, lanes) over the vectors of [0,
+// size). Small planes are summed four at a time, which shares the sums' last
+// steps.
+template <typename Value>
+DLKERNELS_INLINE void sum_planes(
+    int64_t planes, int64_t size, float* sums, const Value& value) {
+  constexpr int64_t kSmall = 64 * kVecSize;
+  int64_t plane = 0;
+  for (; size <= kSmall && plane + 4 <= planes; plane += 4) {
+    Vec total[4] = {};
+    for_each_vec(size, [&](int64_t i, auto lanes) {
+      for (int64_t p = 0; p < 4; ++p) {
+        total[p] += value(plane + p, i, lanes);
+      }
+    });
+    const Quad four = sums_of(total[0], total[1], total[2], total[3]);
+    __builtin_memcpy(sums + plane, &four, sizeof(four));
+  }
+  for (; plane < planes; ++plane) {
+    sums[plane] = sum_of(
+        size, [&](int64_t i, auto lanes) { return value(plane, i, lanes); });
+  }
+}
+
 // sums[column] = the sum over rows of value(row, column, lanes). Rows are read
 // in order, a stretch of columns at a time, so that memory streams.
 template <typename Value>

@@ -1,5 +1,6 @@
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "../include/squeeze_excite_checks.h"
 #include "kernels/squeeze_excite.h"
@@ -7,19 +8,41 @@
 namespace dlkernels {
 namespace {
 
+int64_t element_size(const Tensor& tensor) {
+  return static_cast<int64_t>(tensor.element_size());
+}
+
 // A batch of maps, cut into groups of samples that stay in cache between the
-// pass that reduces them and the pass that scales them.
+// pass that reduces them and the pass that scales them. Each thread works
+// through groups of its own; the samples that are left over when all threads
+// have the same number are divided among them.
 class Batch {
  public:
-  Batch(const Tensor& x, MemoryFormat format)
-      : samples_(x.size(0)),
+  // What a thread keeps in cache, about.
+  static constexpr int64_t kCacheBytes = 3 << 19;
+  // Results of that size are not found in cache by whoever reads them next.
+  static constexpr int64_t kStreamedBytes = 16 << 20;
+
+  // A group reads `weight_bytes` of weights.
+  Batch(const Tensor& x, MemoryFormat format, int64_t weight_bytes)
+      : threads_(torch::stable::get_num_threads()),
+        samples_(x.size(0)),
         maps_{
             scalar_type_of(x, "x"),
             format == MemoryFormat::ChannelsLast,
             x.size(1),
             x.size(2) * x.size(3),
-            1},
-        sample_bytes_(maps_.channels * maps_.area * x.element_size()) {}
+            /*parts=*/1,
+            /*streamed=*/false},
+        bytes_(maps_.channels * maps_.area * element_size(x)) {
+    maps_.streamed = samples_ * bytes_ >= kStreamedBytes;
+    const int64_t group_bytes = std::max(kCacheBytes, weight_bytes);
+    const int64_t fitting =
+        std::max<int64_t>(1, group_bytes / std::max<int64_t>(1, bytes_));
+    const int64_t groups =
+        std::max<int64_t>(1, ceil_div(per_thread(), fitting));
+    group_size_ = std::max<int64_t>(1, ceil_div(per_thread(), groups));
+  }
 
   int64_t samples() const {
     return samples_;
@@ -28,45 +51,75 @@ class Batch {
     return maps_.channels;
   }
 
-  // Calls body(first sample, number of samples) for each group.
+  // Calls body(maps, first sample, number of samples) for each group; maps
+  // tells into how many parts its samples are to be divided.
   template <typename Body>
   void for_each_group(const Body& body) const {
-    constexpr int64_t kGroupBytes = 6 << 20;
-    const int64_t fitting = kGroupBytes / std::max<int64_t>(1, sample_bytes_);
-    // Whole samples, one a thread, stream best where channels lie together.
-    const int64_t round =
-        maps_.channels_last ? torch::stable::get_num_threads() : 1;
-    const int64_t size = std::max<int64_t>(1, fitting / round) * round;
-    for (int64_t first = 0; first < samples_; first += size) {
-      body(first, std::min(size, samples_ - first));
+    const int64_t whole = per_thread() * threads_;
+    parallel_for(
+        per_thread() > 0 ? threads_ : 0,
+        per_thread() * maps_.channels * maps_.area,
+        [&](int64_t begin, int64_t end) {
+          const int64_t last = end * per_thread();
+          for (int64_t first = begin * per_thread(); first < last;
+               first += group_size_) {
+            body(maps_, first, std::min(group_size_, last - first));
+          }
+        });
+    Maps divided = maps_;
+    divided.parts = parts();
+    for (int64_t first = whole; first < samples_; ++first) {
+      body(divided, first, 1);
     }
   }
 
-  // Runs pass(maps, begin, end) over the samples of a group, each sample cut
-  // into parts that the threads share.
-  template <typename Pass>
-  void run(int64_t first, int64_t count, const Pass& pass) const {
-    Maps maps = maps_;
-    const int64_t threads = torch::stable::get_num_threads();
-    // Whole samples stream best where channels lie next to each other.
-    if (!maps.channels_last || count % threads != 0) {
-      const int64_t most = std::max<int64_t>(1, maps.channels / 64);
-      maps.parts = std::min(most, ceil_div(4 * threads, count));
-    }
-    parallel_for(
-        count * maps.parts,
-        maps.channels * maps.area / maps.parts,
-        [&](int64_t begin, int64_t end) {
-          const int64_t offset = first * maps.parts;
-          pass(maps, begin + offset, end + offset);
-        });
+  // Into how many parts a sample is divided at most.
+  int64_t parts() const {
+    const int64_t extent = maps_.channels_last ? maps_.area : maps_.channels;
+    return std::max<int64_t>(1, std::min(threads_, extent));
+  }
+
+  // Where the maps of a sample begin.
+  template <typename T>
+  T* at(int64_t sample, T* maps) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return maps == nullptr ? nullptr
+                           : static_cast<Byte*>(maps) + sample * bytes_;
   }
 
  private:
+  int64_t per_thread() const {
+    return samples_ / threads_;
+  }
+
+  int64_t threads_;
   int64_t samples_;
   Maps maps_;
-  int64_t sample_bytes_;
+  int64_t bytes_;  // of a sample
+  int64_t group_size_;
 };
+
+// Runs pass(begin, end) over the parts of a group's samples. A part goes to the
+// same thread in every pass.
+template <typename Pass>
+void run(const Maps& maps, int64_t count, const Pass& pass) {
+  parallel_for(
+      count * maps.parts, maps.channels * maps.area / maps.parts, pass);
+}
+
+// Runs pass(begin, end) over the blocks of `features`.
+template <typename Pass>
+void run_linear(const LinearArgs& args, int64_t features, const Pass& pass) {
+  parallel_for(
+      ceil_div(features, kLinearBlock),
+      args.rows * args.in_features * args.out_features / 16 * kLinearBlock /
+          std::max<int64_t>(1, features),
+      pass);
+}
+
+int64_t weight_bytes(const Tensor& reduce_weight) {
+  return 2 * reduce_weight.numel() * element_size(reduce_weight);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite(
     const Tensor& x_,
@@ -95,10 +148,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite(
   const auto expand_bias = as_contiguous(expand_bias_);
   const auto shortcut = in_format(shortcut_, format);
 
-  const Batch batch(x, format);
+  const Batch batch(x, format, weight_bytes(reduce_weight));
   const int64_t channels = batch.channels();
   const int64_t squeezed = reduce_weight.size(0);
   Tensor out = empty_maps(x, format);
+  Tensor sums = empty_float(x, {batch.samples(), batch.parts(), channels});
   Tensor pooled = empty_float(x, {batch.samples(), channels});
   Tensor hidden = empty_float(x, {batch.samples(), squeezed});
   Tensor scale = empty_float(x, {batch.samples(), channels});
@@ -106,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite(
 
   const auto& kernels = squeeze_excite_kernels();
   const void* x_data = x.const_data_ptr();
+  auto* sums_data = sums.mutable_data_ptr<float>();
   auto* pooled_data = pooled.mutable_data_ptr<float>();
   auto* hidden_data = hidden.mutable_data_ptr<float>();
   auto* scale_data = scale.mutable_data_ptr<float>();
@@ -113,20 +168,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite(
   const void* shortcut_data = data_or_null(shortcut);
   void* out_data = out.mutable_data_ptr();
 
-  batch.for_each_group([&](int64_t first, int64_t count) {
-    batch.run(first, count, [&](const Maps& maps, int64_t begin, int64_t end) {
-      kernels.pool(maps, x_data, pooled_data, begin, end);
+  batch.for_each_group([&](const Maps& maps, int64_t first, int64_t count) {
+    float* group_sums = sums_data + first * channels * batch.parts();
+    float* group_pooled = pooled_data + first * channels;
+    run(maps, count, [&](int64_t begin, int64_t end) {
+      kernels.pool(maps, batch.at(first, x_data), group_sums, begin, end);
     });
+    kernels.combine(
+        maps,
+        count,
+        group_sums,
+        1.0f / static_cast<float>(maps.area),
+        group_pooled);
     const LinearArgs reduce{
         scalar_type_of(x, "x"),
         count,
         channels,
         squeezed,
-        pooled_data + first * channels,
+        group_pooled,
         reduce_weight.const_data_ptr(),
         data_or_null(reduce_bias),
         hidden_data + first * squeezed};
-    parallel_for(squeezed, count * channels, [&](int64_t begin, int64_t end) {
+    run_linear(reduce, squeezed, [&](int64_t begin, int64_t end) {
       kernels.linear(reduce, begin, end);
     });
     kernels.activate(
@@ -143,18 +206,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite(
         expand_weight.const_data_ptr(),
         data_or_null(expand_bias),
         scale_data + first * channels};
-    parallel_for(channels, count * squeezed, [&](int64_t begin, int64_t end) {
+    run_linear(expand, channels, [&](int64_t begin, int64_t end) {
       kernels.linear(expand, begin, end);
     });
     kernels.gate(gate, scale_data + first * channels, count * channels);
-    batch.run(first, count, [&](const Maps& maps, int64_t begin, int64_t end) {
-      const ScaleArgs args{
-          maps,
-          x_data,
-          scale_data,
-          shortcut_data,
-          output_activation == "relu",
-          out_data};
+    const ScaleArgs args{
+        maps,
+        batch.at(first, x_data),
+        scale_data + first * channels,
+        batch.at(first, shortcut_data),
+        output_activation == "relu",
+        batch.at(first, out_data)};
+    run(maps, count, [&](int64_t begin, int64_t end) {
       kernels.scale(args, begin, end);
     });
   });
@@ -192,7 +255,7 @@ squeeze_excite_backward(
   const Tensor hidden = as_contiguous(hidden_);
   const Tensor scale = as_contiguous(scale_);
 
-  const Batch batch(x, format);
+  const Batch batch(x, format, weight_bytes(reduce_weight));
   const int64_t samples = batch.samples();
   const int64_t channels = batch.channels();
   const int64_t squeezed = reduce_weight.size(0);
@@ -208,6 +271,7 @@ squeeze_excite_backward(
   Tensor grad_hidden = empty_float(x, {samples, squeezed});
   Tensor grad_pooled = empty_float(x, {samples, channels});
   Tensor activated = empty_float(x, {samples, squeezed});
+  Tensor sums = empty_float(x, {batch.samples(), batch.parts(), channels});
 
   const auto& kernels = squeeze_excite_kernels();
   const ScalarType dtype = scalar_type_of(x, "x");
@@ -221,15 +285,25 @@ squeeze_excite_backward(
   auto* grad_hidden_data = grad_hidden.mutable_data_ptr<float>();
   auto* grad_pooled_data = grad_pooled.mutable_data_ptr<float>();
   auto* activated_data = activated.mutable_data_ptr<float>();
+  auto* sums_data = sums.mutable_data_ptr<float>();
   void* grad_x_data = grad_x.mutable_data_ptr();
   void* grad_shortcut_data =
       shortcut_grad ? grad_shortcut.mutable_data_ptr() : nullptr;
 
-  batch.for_each_group([&](int64_t first, int64_t count) {
-    batch.run(first, count, [&](const Maps& maps, int64_t begin, int64_t end) {
+  batch.for_each_group([&](const Maps& maps, int64_t first, int64_t count) {
+    float* group_sums = sums_data + first * channels * batch.parts();
+    run(maps, count, [&](int64_t begin, int64_t end) {
       kernels.pool_backward(
-          maps, grad_out_data, out_data, x_data, grad_logits_data, begin, end);
+          maps,
+          batch.at(first, grad_out_data),
+          batch.at(first, out_data),
+          batch.at(first, x_data),
+          group_sums,
+          begin,
+          end);
     });
+    kernels.combine(
+        maps, count, group_sums, 1.0f, grad_logits_data + first * channels);
     kernels.gate_backward(
         gate,
         scale_data + first * channels,
@@ -244,12 +318,9 @@ squeeze_excite_backward(
         expand_weight.const_data_ptr(),
         nullptr,
         grad_hidden_data + first * squeezed};
-    parallel_for(
-        ceil_div(squeezed, kLinearBlock),
-        count * channels * kLinearBlock,
-        [&](int64_t begin, int64_t end) {
-          kernels.linear_backward(expand, begin, end);
-        });
+    run_linear(expand, squeezed, [&](int64_t begin, int64_t end) {
+      kernels.linear_backward(expand, begin, end);
+    });
     kernels.activate_backward(
         activation,
         hidden_data + first * squeezed,
@@ -264,22 +335,18 @@ squeeze_excite_backward(
         reduce_weight.const_data_ptr(),
         nullptr,
         grad_pooled_data + first * channels};
-    parallel_for(
-        ceil_div(channels, kLinearBlock),
-        count * squeezed * kLinearBlock,
-        [&](int64_t begin, int64_t end) {
-          kernels.linear_backward(reduce, begin, end);
-        });
-    batch.run(first, count, [&](const Maps& maps, int64_t begin, int64_t end) {
-      const ScaleBackwardArgs args{
-          maps,
-          grad_out_data,
-          out_data,
-          x_data,
-          scale_data,
-          grad_pooled_data,
-          grad_x_data,
-          grad_shortcut_data};
+    run_linear(reduce, channels, [&](int64_t begin, int64_t end) {
+      kernels.linear_backward(reduce, begin, end);
+    });
+    const ScaleBackwardArgs args{
+        maps,
+        batch.at(first, grad_out_data),
+        batch.at(first, out_data),
+        scale_data + first * channels,
+        grad_pooled_data + first * channels,
+        batch.at(first, grad_x_data),
+        batch.at(first, grad_shortcut_data)};
+    run(maps, count, [&](int64_t begin, int64_t end) {
       kernels.scale_backward(args, begin, end);
     });
   });
@@ -295,11 +362,9 @@ squeeze_excite_backward(
         dtype, samples, in_features, out_features, in, nullptr, nullptr, grad};
     void* weight_data = grad_weight.mutable_data_ptr();
     void* bias_data = grad_bias.mutable_data_ptr();
-    parallel_for(
-        out_features, samples * in_features, [&](int64_t begin, int64_t end) {
-          kernels.linear_weight_backward(
-              args, weight_data, bias_data, begin, end);
-        });
+    run_linear(args, out_features, [&](int64_t begin, int64_t end) {
+      kernels.linear_weight_backward(args, weight_data, bias_data, begin, end);
+    });
   };
   weight_backward(
       activated_data,

@@ -224,6 +224,72 @@ DLKERNELS_INLINE void for_each_vec(int64_t size, const Body& body) {
   }
 }
 
+// Tag for whole vectors that are stored past the caches, at aligned addresses:
+// right for results too large to be found in cache by whoever reads them next.
+struct Streamed {};
+
+template <typename T>
+DLKERNELS_INLINE Vec load(const T* from, Streamed) {
+  return load(from);
+}
+
+DLKERNELS_INLINE void store(float* to, Vec value, Streamed) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, reinterpret_cast<__m512>(value));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, reinterpret_cast<__m256>(value));
+#else
+  store(to, value);
+#endif
+}
+
+template <typename T>
+DLKERNELS_INLINE void store(T* to, Vec value, Streamed) {
+  const ShortVec narrowed = narrow(value, T{});
+#if defined(__AVX512F__)
+  _mm256_stream_si256(
+      reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(narrowed));
+#elif defined(__AVX2__)
+  _mm_stream_si128(
+      reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(narrowed));
+#else
+  __builtin_memcpy(to, &narrowed, sizeof(narrowed));
+#endif
+}
+
+// Before other threads may read what was stored with Streamed.
+DLKERNELS_INLINE void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// As above for vectors that are stored to `to`: streamed ones start where `to`
+// is aligned.
+template <typename T, typename Body>
+DLKERNELS_INLINE void for_each_vec(
+    bool streamed, const T* to, int64_t size, const Body& body) {
+  if (!streamed) {
+    for_each_vec(size, body);
+    return;
+  }
+  constexpr int64_t kBytes = kVecSize * sizeof(T);
+  const int64_t past = reinterpret_cast<uintptr_t>(to) % kBytes / sizeof(T);
+  int64_t i = past == 0 ? 0 : kVecSize - past;
+  if (i > size) {
+    i = size;
+  }
+  if (i > 0) {
+    body(0, i);
+  }
+  for (; i + kVecSize <= size; i += kVecSize) {
+    body(i, Streamed{});
+  }
+  if (i < size) {
+    body(i, size - i);
+  }
+}
+
 // A single element, widened or rounded as a vector of it would be.
 template <typename T>
 DLKERNELS_INLINE float load_one(const T* from) {
@@ -262,6 +328,34 @@ DLKERNELS_INLINE float sum(Vec value) {
 #endif
   const auto c = b + __builtin_shufflevector(b, b, 2, 3, 2, 3);
   return c[0] + c[1];
+}
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// The sums of four vectors.
+DLKERNELS_INLINE Quad sums_of(Vec a, Vec b, Vec c, Vec d) {
+  const auto quarter = [](Vec v) -> Quad {
+#if defined(__AVX512F__)
+    const auto half =
+        __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+        __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    const auto half = v;
+#endif
+#if defined(__AVX2__)
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) +
+           __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+    return half;
+#endif
+  };
+  const Quad p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+  const Quad pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) +
+                  __builtin_shufflevector(p, q, 2, 3, 6, 7);
+  const Quad rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) +
+                  __builtin_shufflevector(r, s, 2, 3, 6, 7);
+  return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) +
+         __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
 
 // e^x to about one unit in the last place; 0 below -103.97 (results under the

@@ -117,6 +117,21 @@ def test_gradient_of_any_strides():
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_maps_too_large_for_the_caches(dtype, memory_format):
+    shape = (3, 57, 233, 211, 5)  # one sample more than two threads; no plane is aligned
+    inputs = make_inputs(shape, dtype, memory_format=memory_format, shortcut=True)
+    grad = torch.randn(shape[:4]).to(dtype)
+    out, grads = run(ops.squeeze_excite, inputs.leaves(), grad, **OPTIONS["se-resnet"])
+    wanted, wanted_grads = run(
+        plain, inputs.leaves(torch.float64), grad.double(), **OPTIONS["se-resnet"]
+    )
+    assert_exact("out", out, wanted, 233 * 211)
+    for name, ours, exact in zip(NAMES, grads, wanted_grads, strict=True):
+        assert_exact(name, ours, exact, 3 * 233 * 211)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_same_bits_every_time(memory_format):
     inputs = make_inputs((5, 70, 19, 17, 9), memory_format=memory_format)
     grad = torch.randn(5, 70, 19, 17)

@@ -1,5 +1,6 @@
 #include "squeeze_excite.h"
 
+#include "../multiply.h"
 #include "../reduce.h"
 #include "../vec.h"
 
@@ -7,14 +8,16 @@ namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
 namespace {
 
-// The part of a sample that an item stands for.
+// The part of a sample that an item stands for: channels, or rows of all
+// channels when channels_last.
 struct Part {
   int64_t sample;
   int64_t begin;
   int64_t end;
 };
 
-Part part_of(const Maps& maps, int64_t item, int64_t extent) {
+Part part_of(const Maps& maps, int64_t item) {
+  const int64_t extent = maps.channels_last ? maps.area : maps.channels;
   const int64_t size = (extent + maps.parts - 1) / maps.parts;
   const int64_t begin = item % maps.parts * size;
   const int64_t end = begin + size;
@@ -24,58 +27,88 @@ Part part_of(const Maps& maps, int64_t item, int64_t extent) {
       end < extent ? end : extent};
 }
 
-// sums[c] = sum of value(offset, lanes) over the map, for the channels of part.
+// The sums of value(offset, lanes) over each of the items.
 template <typename Value>
-DLKERNELS_INLINE void sum_channels(
-    const Maps& maps, const Part& part, float* sums, const Value& value) {
-  const int64_t sample = part.sample * maps.channels * maps.area;
-  if (maps.channels_last) {
-    sum_columns(
-        maps.area,
-        part.end - part.begin,
-        sums + part.begin,
-        [&](int64_t row, int64_t column, auto lanes) {
-          return value(
-              sample + row * maps.channels + part.begin + column, lanes);
-        });
-    return;
-  }
-  for (int64_t c = part.begin; c < part.end; ++c) {
-    const int64_t plane = sample + c * maps.area;
-    sums[c] = sum_of(maps.area, [&](int64_t i, auto lanes) {
-      return value(plane + i, lanes);
-    });
-  }
-}
-
-// Calls body(offset, factor, lanes) for every vector of the part, factor(c) or
-// factors from c on being what the map's channel c is to be multiplied by.
-template <typename Body>
-DLKERNELS_INLINE void for_each_scaled(
-    const Maps& maps, const Part& part, const Body& body) {
-  const int64_t sample = part.sample * maps.channels * maps.area;
-  if (maps.channels_last) {
-    for (int64_t row = part.begin; row < part.end; ++row) {
-      for_each_vec(maps.channels, [&](int64_t c, auto lanes) {
-        const auto factor = [&](const float* of) {
-          return load(of + part.sample * maps.channels + c, lanes);
-        };
-        body(sample + row * maps.channels + c, factor, lanes);
-      });
+DLKERNELS_INLINE void sum_items(
+    const Maps& maps,
+    float* sums,
+    int64_t begin,
+    int64_t end,
+    const Value& value) {
+  for (int64_t item = begin; item < end; ++item) {
+    const Part part = part_of(maps, item);
+    const int64_t sample = part.sample * maps.channels * maps.area;
+    if (maps.channels_last) {
+      const int64_t first = sample + part.begin * maps.channels;
+      sum_columns(
+          part.end - part.begin,
+          maps.channels,
+          sums + item * maps.channels,
+          [&](int64_t row, int64_t column, auto lanes) {
+            return value(first + row * maps.channels + column, lanes);
+          });
+      continue;
     }
-    return;
-  }
-  for (int64_t c = part.begin; c < part.end; ++c) {
-    const int64_t channel = part.sample * maps.channels + c;
-    const auto factor = [&](const float* of) { return broadcast(of[channel]); };
-    for_each_vec(maps.area, [&](int64_t i, auto lanes) {
-      body(sample + c * maps.area + i, factor, lanes);
-    });
+    const int64_t first = sample + part.begin * maps.area;
+    sum_planes(
+        part.end - part.begin,
+        maps.area,
+        sums + part.sample * maps.channels + part.begin,
+        [&](int64_t plane, int64_t i, auto lanes) {
+          return value(first + plane * maps.area + i, lanes);
+        });
   }
 }
 
-int64_t scaled_extent(const Maps& maps) {
-  return maps.channels_last ? maps.area : maps.channels;
+// Calls body(offset, factor, lanes) for every vector of the items, factor(of)
+// being what the map's channel is to be multiplied by.
+template <typename T, typename Body>
+DLKERNELS_INLINE void for_each_scaled(
+    const Maps& maps,
+    int64_t begin,
+    int64_t end,
+    const T* out,
+    const Body& body) {
+  for (int64_t item = end - 1; item >= begin; --item) {
+    const Part part = part_of(maps, item);
+    const int64_t sample = part.sample * maps.channels * maps.area;
+    const int64_t first_channel = part.sample * maps.channels;
+    if (maps.channels_last) {
+      for (int64_t row = part.end - 1; row >= part.begin; --row) {
+        const int64_t first = sample + row * maps.channels;
+        for_each_vec(
+            maps.streamed,
+            out + first,
+            maps.channels,
+            [&](int64_t c, auto lanes) {
+              const auto factor = [&](const float* of) {
+                return load(of + first_channel + c, lanes);
+              };
+              body(first + c, factor, lanes);
+            });
+      }
+      continue;
+    }
+    for (int64_t c = part.end - 1; c >= part.begin; --c) {
+      const auto factor = [&](const float* of) {
+        return broadcast(of[first_channel + c]);
+      };
+      const int64_t plane = sample + c * maps.area;
+      for_each_vec(
+          maps.streamed, out + plane, maps.area, [&](int64_t i, auto lanes) {
+            body(plane + i, factor, lanes);
+          });
+    }
+  }
+  if (maps.streamed) {
+    finish_streams();
+  }
+}
+
+// How many features of a layer the block that begins at `first` has.
+DLKERNELS_INLINE int64_t block_size(int64_t features, int64_t first) {
+  const int64_t rest = features - first;
+  return rest < kLinearBlock ? rest : kLinearBlock;
 }
 
 DLKERNELS_INLINE Vec relu(Vec value) {
@@ -83,23 +116,12 @@ DLKERNELS_INLINE Vec relu(Vec value) {
 }
 
 void pool(
-    const Maps& maps,
-    const void* x,
-    float* pooled,
-    int64_t begin,
-    int64_t end) {
+    const Maps& maps, const void* x, float* sums, int64_t begin, int64_t end) {
   dispatch(maps.dtype, [&](auto* tag) {
     const auto* values = static_cast<decltype(tag)>(const_cast<void*>(x));
-    for (int64_t item = begin; item < end; ++item) {
-      const Part part = part_of(maps, item, maps.channels);
-      float* means = pooled + part.sample * maps.channels;
-      sum_channels(maps, part, means, [&](int64_t i, auto lanes) {
-        return load(values + i, lanes);
-      });
-      for (int64_t c = part.begin; c < part.end; ++c) {
-        means[c] /= static_cast<float>(maps.area);
-      }
-    }
+    sum_items(maps, sums, begin, end, [&](int64_t i, auto lanes) {
+      return load(values + i, lanes);
+    });
   });
 }
 
@@ -108,7 +130,7 @@ void pool_backward(
     const void* grad_out,
     const void* out,
     const void* x,
-    float* grad_scale,
+    float* sums,
     int64_t begin,
     int64_t end) {
   dispatch(maps.dtype, [&](auto* tag) {
@@ -116,21 +138,36 @@ void pool_backward(
     const auto* grads = static_cast<Pointer>(const_cast<void*>(grad_out));
     const auto* outs = static_cast<Pointer>(const_cast<void*>(out));
     const auto* values = static_cast<Pointer>(const_cast<void*>(x));
-    for (int64_t item = begin; item < end; ++item) {
-      const Part part = part_of(maps, item, maps.channels);
-      float* sums = grad_scale + part.sample * maps.channels;
-      if (outs == nullptr) {
-        sum_channels(maps, part, sums, [&](int64_t i, auto lanes) {
-          return load(grads + i, lanes) * load(values + i, lanes);
-        });
-      } else {
-        sum_channels(maps, part, sums, [&](int64_t i, auto lanes) {
-          const Vec product = load(grads + i, lanes) * load(values + i, lanes);
-          return load(outs + i, lanes) > 0.0f ? product : Vec{};
-        });
-      }
+    if (outs == nullptr) {
+      sum_items(maps, sums, begin, end, [&](int64_t i, auto lanes) {
+        return load(grads + i, lanes) * load(values + i, lanes);
+      });
+    } else {
+      sum_items(maps, sums, begin, end, [&](int64_t i, auto lanes) {
+        const Vec product = load(grads + i, lanes) * load(values + i, lanes);
+        return load(outs + i, lanes) > 0.0f ? product : Vec{};
+      });
     }
   });
+}
+
+void combine(
+    const Maps& maps,
+    int64_t samples,
+    const float* sums,
+    float factor,
+    float* out) {
+  const int64_t parts = maps.channels_last ? maps.parts : 1;
+  for (int64_t n = 0; n < samples; ++n) {
+    const float* first = sums + n * parts * maps.channels;
+    for_each_vec(maps.channels, [&](int64_t c, auto lanes) {
+      Vec total = load(first + c, lanes);
+      for (int64_t p = 1; p < parts; ++p) {
+        total += load(first + p * maps.channels + c, lanes);
+      }
+      store(out + n * maps.channels + c, total * factor, lanes);
+    });
+  }
 }
 
 void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
@@ -140,25 +177,26 @@ void scale(const ScaleArgs& args, int64_t begin, int64_t end) {
     const auto* shortcut =
         static_cast<Pointer>(const_cast<void*>(args.shortcut));
     auto* out = static_cast<Pointer>(args.out);
-    const auto run = [&](const Part& part, const auto& finish) {
+    const auto run = [&](const auto& finish) {
       for_each_scaled(
-          args.maps, part, [&](int64_t i, const auto& factor, auto lanes) {
+          args.maps,
+          begin,
+          end,
+          out,
+          [&](int64_t i, const auto& factor, auto lanes) {
             const Vec scaled = load(x + i, lanes) * factor(args.scale);
             store(out + i, finish(scaled, i, lanes), lanes);
           });
     };
-    for (int64_t item = begin; item < end; ++item) {
-      const Part part = part_of(args.maps, item, scaled_extent(args.maps));
-      if (shortcut == nullptr && !args.relu) {
-        run(part, [](Vec scaled, int64_t, auto) { return scaled; });
-      } else if (shortcut == nullptr) {
-        run(part, [](Vec scaled, int64_t, auto) { return relu(scaled); });
-      } else {
-        run(part, [&](Vec scaled, int64_t i, auto lanes) {
-          const Vec total = scaled + load(shortcut + i, lanes);
-          return args.relu ? relu(total) : total;
-        });
-      }
+    if (shortcut == nullptr && !args.relu) {
+      run([](Vec scaled, int64_t, auto) { return scaled; });
+    } else if (shortcut == nullptr) {
+      run([](Vec scaled, int64_t, auto) { return relu(scaled); });
+    } else {
+      run([&](Vec scaled, int64_t i, auto lanes) {
+        const Vec total = scaled + load(shortcut + i, lanes);
+        return args.relu ? relu(total) : total;
+      });
     }
   });
 }
@@ -172,20 +210,32 @@ void scale_backward(const ScaleBackwardArgs& args, int64_t begin, int64_t end) {
     auto* grad_x = static_cast<Pointer>(args.grad_x);
     auto* grad_shortcut = static_cast<Pointer>(args.grad_shortcut);
     const float inverse_area = 1.0f / static_cast<float>(args.maps.area);
-    for (int64_t item = begin; item < end; ++item) {
-      const Part part = part_of(args.maps, item, scaled_extent(args.maps));
+    const auto run = [&](const auto& gradient) {
       for_each_scaled(
-          args.maps, part, [&](int64_t i, const auto& factor, auto lanes) {
-            Vec grad = load(grad_out + i, lanes);
-            if (out != nullptr) {
-              grad = load(out + i, lanes) > 0.0f ? grad : Vec{};
-            }
-            if (grad_shortcut != nullptr) {
-              store(grad_shortcut + i, grad, lanes);
-            }
+          args.maps,
+          begin,
+          end,
+          grad_x,
+          [&](int64_t i, const auto& factor, auto lanes) {
+            const Vec grad = gradient(i, lanes);
             const Vec grad_mean = factor(args.grad_pooled) * inverse_area;
             store(grad_x + i, grad * factor(args.scale) + grad_mean, lanes);
           });
+    };
+    const auto masked = [&](int64_t i, auto lanes) {
+      const Vec grad = load(grad_out + i, lanes);
+      return load(out + i, lanes) > 0.0f ? grad : Vec{};
+    };
+    if (out == nullptr) {
+      run([&](int64_t i, auto lanes) { return load(grad_out + i, lanes); });
+    } else if (grad_shortcut == nullptr) {
+      run(masked);
+    } else {
+      run([&](int64_t i, auto lanes) {
+        const Vec grad = masked(i, lanes);
+        store(grad_shortcut + i, grad, lanes);
+        return grad;
+      });
     }
   });
 }
@@ -195,15 +245,26 @@ void linear(const LinearArgs& args, int64_t begin, int64_t end) {
     using Pointer = decltype(tag);
     const auto* weight = static_cast<Pointer>(const_cast<void*>(args.weight));
     const auto* bias = static_cast<Pointer>(const_cast<void*>(args.bias));
-    for (int64_t j = begin; j < end; ++j) {
-      const auto* row = weight + j * args.in_features;
-      const float offset = bias == nullptr ? 0.0f : load_one(bias + j);
+    const int64_t depth = args.in_features;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kLinearBlock;
+      const int64_t size = block_size(args.out_features, first);
       for (int64_t m = 0; m < args.rows; ++m) {
-        const float* in = args.in + m * args.in_features;
-        const float dot = sum_of(args.in_features, [&](int64_t k, auto lanes) {
-          return load(row + k, lanes) * load(in + k, lanes);
-        });
-        args.out[m * args.out_features + j] = dot + offset;
+        float* out = args.out + m * args.out_features;
+        multiply_vector(
+            size,
+            depth,
+            [&](int64_t j, int64_t k, auto lanes) {
+              return load(weight + (first + j) * depth + k, lanes);
+            },
+            [&](int64_t k, auto lanes) {
+              return load(args.in + m * depth + k, lanes);
+            },
+            [&](int64_t j, float dot) {
+              const float offset =
+                  bias == nullptr ? 0.0f : load_one(bias + first + j);
+              out[first + j] = dot + offset;
+            });
       }
     }
   });
@@ -215,20 +276,19 @@ void linear_backward(const LinearArgs& args, int64_t begin, int64_t end) {
         static_cast<decltype(tag)>(const_cast<void*>(args.weight));
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearBlock;
-      const int64_t rest = args.in_features - first;
-      const int64_t size = rest < kLinearBlock ? rest : kLinearBlock;
-      for (int64_t m = 0; m < args.rows; ++m) {
-        const float* grad = args.in + m * args.out_features;
-        float* grad_in = args.out + m * args.in_features + first;
-        sum_columns(
-            args.out_features,
-            size,
-            grad_in,
-            [&](int64_t j, int64_t k, auto lanes) {
-              return grad[j] *
-                     load(weight + j * args.in_features + first + k, lanes);
-            });
-      }
+      multiply(
+          args.rows,
+          block_size(args.in_features, first),
+          args.out_features,
+          [&](int64_t m, int64_t j) {
+            return args.in[m * args.out_features + j];
+          },
+          [&](int64_t j, int64_t k, auto lanes) {
+            return load(weight + j * args.in_features + first + k, lanes);
+          },
+          [&](int64_t m, int64_t k, Vec total, auto lanes) {
+            store(args.out + m * args.in_features + first + k, total, lanes);
+          });
     }
   });
 }
@@ -242,20 +302,29 @@ void linear_weight_backward(
   dispatch(args.dtype, [&](auto* tag) {
     auto* weight = static_cast<decltype(tag)>(grad_weight);
     auto* bias = static_cast<decltype(tag)>(grad_bias);
-    for (int64_t j = begin; j < end; ++j) {
-      for_each_vec(args.in_features, [&](int64_t k, auto lanes) {
-        Vec total{};
-        for (int64_t m = 0; m < args.rows; ++m) {
-          total += args.out[m * args.out_features + j] *
-                   load(args.in + m * args.in_features + k, lanes);
-        }
-        store(weight + j * args.in_features + k, total, lanes);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kLinearBlock;
+      const int64_t size = block_size(args.out_features, first);
+      multiply(
+          size,
+          args.in_features,
+          args.rows,
+          [&](int64_t j, int64_t m) {
+            return args.out[m * args.out_features + first + j];
+          },
+          [&](int64_t m, int64_t k, auto lanes) {
+            return load(args.in + m * args.in_features + k, lanes);
+          },
+          [&](int64_t j, int64_t k, Vec total, auto lanes) {
+            store(weight + (first + j) * args.in_features + k, total, lanes);
+          });
+      float sums[kLinearBlock];
+      sum_columns(args.rows, size, sums, [&](int64_t m, int64_t j, auto lanes) {
+        return load(args.out + m * args.out_features + first + j, lanes);
       });
-      float total = 0.0f;
-      for (int64_t m = 0; m < args.rows; ++m) {
-        total += args.out[m * args.out_features + j];
-      }
-      store_one(bias + j, total);
+      for_each_vec(size, [&](int64_t j, auto lanes) {
+        store(bias + first + j, load(sums + j, lanes), lanes);
+      });
     }
   });
 }
@@ -314,6 +383,7 @@ void gate_backward(Gate kind, const float* scale, float* grad, int64_t size) {
 extern const SqueezeExciteKernels squeeze_excite_kernels = {
     pool,
     pool_backward,
+    combine,
     scale,
     scale_backward,
     linear,

@@ -11,15 +11,17 @@ namespace dlkernels {
 
 // A batch of maps [samples, channels, area], or [samples, area, channels] when
 // channels_last. An item of a pass is a part of one sample: `parts` divide its
-// channels, or its area where a pass over channels_last maps allows that.
+// channels, or its area when channels_last.
 struct Maps {
   ScalarType dtype;
   bool channels_last;
   int64_t channels;
   int64_t area;
   int64_t parts;
+  bool streamed;  // results are too large to stay in cache
 };
 
+// Pointers are to the first sample of a group of them.
 struct ScaleArgs {
   Maps maps;
   const void* x;
@@ -32,8 +34,7 @@ struct ScaleArgs {
 struct ScaleBackwardArgs {
   Maps maps;
   const void* grad_out;
-  const void* out;  // masks grad_out where given
-  const void* x;
+  const void* out;           // masks grad_out where given
   const float* scale;        // [samples, channels]
   const float* grad_pooled;  // [samples, channels]
   void* grad_x;
@@ -52,29 +53,42 @@ struct LinearArgs {
   float* out;
 };
 
+constexpr int64_t kLinearBlock = 32;
+
 struct SqueezeExciteKernels {
-  // pooled[n, c] = mean of x; an item is a part of a sample's channels.
+  // sums[n, p, c] = the sum of x over part p of sample n, [samples, parts,
+  // channels] when channels_last; [samples, channels] otherwise.
   void (*pool)(
-      const Maps&, const void* x, float* pooled, int64_t begin, int64_t end);
-  // grad_scale[n, c] = sum of grad_out * x, where out > 0 if out is given.
+      const Maps&, const void* x, float* sums, int64_t begin, int64_t end);
+  // Likewise the sums of grad_out * x, where out > 0 if out is given.
   void (*pool_backward)(
       const Maps&,
       const void* grad_out,
       const void* out,
       const void* x,
-      float* grad_scale,
+      float* sums,
       int64_t begin,
       int64_t end);
+  // out[n, c] = factor * the sum over parts of sums[n, p, c].
+  void (*combine)(
+      const Maps&,
+      int64_t samples,
+      const float* sums,
+      float factor,
+      float* out);
+  // Items, and what lies in them, are scaled last to first: what the sums read
+  // last is still in cache.
   void (*scale)(const ScaleArgs&, int64_t begin, int64_t end);
   void (*scale_backward)(const ScaleBackwardArgs&, int64_t begin, int64_t end);
 
-  // An item is an output feature.
+  // The passes of a layer; an item is a block of kLinearBlock features.
+  // Over blocks of output features:
   void (*linear)(const LinearArgs&, int64_t begin, int64_t end);
   // grad_in[m, k] = sum_j grad_out[m, j] * weight[j, k]; `in` is grad_out and
-  // `out` is grad_in. An item is a block of kLinearBlock input features.
+  // `out` is grad_in. Over blocks of input features:
   void (*linear_backward)(const LinearArgs&, int64_t begin, int64_t end);
   // grad_weight[j, k] = sum_m grad_out[m, j] * in[m, k] and grad_bias[j]
-  // likewise; `out` is grad_out. An item is an output feature.
+  // likewise; `out` is grad_out. Over blocks of output features:
   void (*linear_weight_backward)(
       const LinearArgs&,
       void* grad_weight,
@@ -90,8 +104,6 @@ struct SqueezeExciteKernels {
   // grad becomes grad * gate', of the gate's output.
   void (*gate_backward)(Gate, const float* scale, float* grad, int64_t size);
 };
-
-constexpr int64_t kLinearBlock = 64;
 
 DLKERNELS_DECLARE_CPU_KERNELS(SqueezeExciteKernels, squeeze_excite_kernels)
 
