@@ -14,8 +14,9 @@ int64_t element_size(const Tensor& tensor) {
 
 // A batch of maps, cut into groups of samples that stay in cache between the
 // pass that reduces them and the pass that scales them. Each thread works
-// through groups of its own; the samples that are left over when all threads
-// have the same number are divided among them.
+// through groups of its own. Samples that are left over when all threads have
+// the same number, and those too large for one thread's cache, are divided
+// among the threads.
 class Batch {
  public:
   // What a thread keeps in cache, about.
@@ -88,8 +89,9 @@ class Batch {
   }
 
  private:
+  // How many whole samples a thread gets.
   int64_t per_thread() const {
-    return samples_ / threads_;
+    return bytes_ / threads_ < kCacheBytes / 2 ? samples_ / threads_ : 0;
   }
 
   int64_t threads_;
