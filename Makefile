@@ -1,6 +1,7 @@
 # make demo    set up, build, and show networks before and after
 # make test    set up, build, then lint, types and all tests
 # make gpu     on a machine with a GPU: all tests and benchmarks, and a report of them
+# make wheel VARIANT=cpu|cu126|cu128|cu130    a wheel in dist/; make wheels: all possible here
 # VENV=folder  reuses an environment elsewhere
 
 VENV ?= .venv
@@ -11,7 +12,10 @@ CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tes
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: demo test gpu bench setup build lint types format clean
+VARIANT ?= cpu
+TORCH ?= 2.13.0
+
+.PHONY: demo test gpu bench wheel wheels sdist test-torch setup build lint types format clean
 
 demo: build
 	$(PY) -m dlkernels demo
@@ -25,6 +29,18 @@ gpu: build
 
 bench: build
 	$(PY) -m pytest benchmarks --benchmark-only
+
+wheel: setup
+	$(PY) tools/build_wheel.py $(VARIANT)
+
+wheels: setup
+	$(PY) tools/build_wheel.py all
+
+test-torch: setup
+	$(PY) tools/test_other_torch.py $(TORCH)
+
+sdist: setup
+	$(PY) setup.py -q sdist
 
 setup:
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -49,4 +65,4 @@ format: setup
 	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
-	rm -rf build dlkernels/*.so
+	rm -rf build dist dlkernels/*.so

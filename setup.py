@@ -5,6 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
@@ -28,8 +29,27 @@ class NativeBuildExt(build_ext):
         return [str(path) for path in sorted(folder.glob("*.so"))]
 
 
-setup(
-    version=native_build.read_version(),
-    ext_modules=[Extension("dlkernels._info", sources=["csrc/bindings.cpp"])],
-    cmdclass={"build_ext": NativeBuildExt},
-)
+class PureBuild(build_py):
+    """Leaves the reason in the package why it holds no compiled parts."""
+
+    def run(self):
+        super().run()
+        note = Path(self.build_lib) / "dlkernels" / "_not_compiled.py"
+        note.write_text(f'"""Written by the install."""\n\nREASON = {NOT_COMPILED!r}\n')
+
+    def get_outputs(self, include_bytecode=True):
+        note = Path(self.build_lib) / "dlkernels" / "_not_compiled.py"
+        return [*super().get_outputs(include_bytecode), str(note)]
+
+
+NOT_COMPILED = native_build.why_not_compiled()
+
+if NOT_COMPILED:
+    print(f"dlkernels: a pure Python install: {NOT_COMPILED}", file=sys.stderr)
+    setup(version=native_build.read_version(), cmdclass={"build_py": PureBuild})
+else:
+    setup(
+        version=native_build.read_version(),
+        ext_modules=[Extension("dlkernels._info", sources=["csrc/bindings.cpp"])],
+        cmdclass={"build_ext": NativeBuildExt},
+    )

@@ -100,18 +100,33 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def _why_no_compiled_parts() -> str:
+    package = Path(__file__).parent
+    try:
+        return str(importlib.import_module("dlkernels._not_compiled").REASON)
+    except ImportError:
+        pass
+    if (package.parent / "csrc").is_dir():
+        return (
+            f"dlkernels is imported from its source tree {package.parent}, which is not built for "
+            f"this Python; start Python elsewhere to use an installed dlkernels, or build here with "
+            "`python setup.py build_ext --inplace`"
+        )
+    return "this install holds no compiled parts for this Python"
+
+
 def _load_cpu() -> str | None:
     if INTERPRETED:
         return "TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors in this process"
     if info is None:
-        return "this install holds no compiled parts"
+        return _why_no_compiled_parts()
     _check_torch(info.torch_version)
     return _load("dlkernels_cpu")
 
 
 def _load_cuda() -> str | None:
     if info is None:
-        return "this install holds no compiled parts"
+        return _why_no_compiled_parts()
     if not info.cuda_version:
         return f"this build has no CUDA kernels: {info.no_cuda_reason}"
     if torch.version.cuda is None:

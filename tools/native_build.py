@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -166,7 +167,7 @@ def _ninja_file(
     toolkit: Toolkit | str,
     sanitize: bool,
 ) -> str:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = _compiler()
     common = COMMON_FLAGS + (["-fsanitize=address,undefined", "-g"] if sanitize else [])
     target = (TARGET_TORCH[0] << 56) | (TARGET_TORCH[1] << 48)
     stable_abi = [f"-DTORCH_TARGET_VERSION=0x{target:016x}", f"-isystem {torch.home}/include"]
@@ -239,9 +240,27 @@ def _add_cuda(
 
 
 def read_version() -> str:
-    """The version that dlkernels/version.py states."""
+    """The version that dlkernels/version.py states; DLKERNELS_VARIANT adds a wheel's variant."""
     text = (ROOT / "dlkernels" / "version.py").read_text()
     match = re.search(r'__version__ = "(.+)"', text)
     if not match:
         raise BuildError("dlkernels/version.py states no __version__")
-    return match.group(1)
+    variant = os.environ.get("DLKERNELS_VARIANT")
+    return f"{match.group(1)}+{variant}" if variant else match.group(1)
+
+
+def why_not_compiled() -> str | None:
+    """Why an install here is pure Python; DLKERNELS_FORCE_BUILD=1 demands the compiled parts."""
+    if os.environ.get("DLKERNELS_FORCE_BUILD") == "1":
+        return None
+    compiler = _compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        return (
+            f"no C++ compiler was found when dlkernels was installed (looked for {compiler!r}); "
+            "install one, or set CXX, and install dlkernels again"
+        )
+    return None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")

@@ -1,0 +1,71 @@
+"""Wheels of this tree, and virtual environments to install them into."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from build_wheel import build_wheel, environment_for
+from cuda_toolkit import CudaError
+from variants import VARIANTS
+
+
+def possible_variants() -> list[str]:
+    """The variants that this machine's torch and toolkit can build."""
+    possible = []
+    for name, variant in VARIANTS.items():
+        try:
+            environment_for(variant)
+        except CudaError:
+            continue
+        possible.append(name)
+    return possible
+
+
+def without_source_tree() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+class Environment:
+    """A new virtual environment that finds torch, and whatever else is installed here."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        self.python = folder / "bin" / "python"
+        packages = next(folder.glob("lib/python*/site-packages"))
+        outer = Path(sysconfig.get_path("purelib"))
+        (packages / "outer.pth").write_text(f"{outer}\n")
+        # Builds in isolation look for torch in the environment's own folder.
+        (packages / "torch").symlink_to(outer / "torch")
+
+    def run(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.python, *map(str, arguments)],
+            cwd=self.folder,
+            env={**without_source_tree(), **environment},
+            capture_output=True,
+            text=True,
+        )
+
+    def install(self, *arguments: object, **environment: str) -> None:
+        result = self.run("-m", "pip", "install", "--no-deps", *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session", params=possible_variants())
+def wheel(request, tmp_path_factory) -> Path:
+    # The architectures and the folder of the build in the tree: nothing is compiled twice.
+    folder = tmp_path_factory.mktemp(request.param)
+    return build_wheel(VARIANTS[request.param], folder, ROOT / "build", "8.0;9.0;10.0+PTX")
+
+
+@pytest.fixture
+def environment(tmp_path) -> Environment:
+    return Environment(tmp_path / "venv")

@@ -1,0 +1,48 @@
+"""Runs the tests of all ops under another torch than the one that built the wheel.
+
+``python tools/test_other_torch.py 2.13.0`` builds the CPU wheel here, makes a virtual environment
+with that torch, installs the wheel into it, and runs the tests from outside the source tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from build_wheel import ROOT, build_wheel
+from variants import VARIANTS
+
+# Tests of the ops themselves; what surrounds them needs torchvision and timm for that torch too.
+TESTS = ["test_numbers.py", "test_op.py", "test_bad_input.py"]
+REQUIREMENTS = ["numpy", "pytest", "hypothesis"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("torch", help="its version")
+    arguments = parser.parse_args()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wheel = build_wheel(VARIANTS["cpu"], folder, ROOT / "build" / "wheel-cpu")
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        python = folder / "venv" / "bin" / "python"
+        install = [python, "-m", "pip", "install", "-q", f"torch=={arguments.torch}", *REQUIREMENTS]
+        subprocess.run([*install, wheel], cwd=folder, env=environment, check=True)
+        shutil.copytree(ROOT / "tests", folder / "tests")
+        tests = sorted(
+            str(path.relative_to(folder))
+            for test in TESTS
+            for path in (folder / "tests").glob(f"*/{test}")
+        )
+        command = [python, "-m", "pytest", "-q", *tests]
+        raise SystemExit(subprocess.run(command, cwd=folder, env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()
