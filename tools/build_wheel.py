@@ -1,8 +1,8 @@
 """Builds a wheel whose version carries its variant: ``python tools/build_wheel.py cu130``.
 
 ``all`` builds every variant that the torch and the CUDA toolkit of this machine allow. The wheels
-are tagged for the oldest manylinux that the machine's C library allows; torch's and CUDA's libraries
-stay outside, since the wheel uses those that torch has loaded.
+are tagged for the oldest manylinux that the machine's C library allows; torch's and CUDA's
+libraries stay outside, since the wheel uses those that torch has loaded.
 """
 
 from __future__ import annotations
@@ -56,27 +56,26 @@ def build_wheel(
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory() as folder:
         _run(
-            [sys.executable, "setup.py", "-q", "build", "--build-base", str(build_base)]
-            + ["bdist_wheel", "--dist-dir", folder],
             environment,
+            *("setup.py", "-q", "build", "--build-base", str(build_base)),
+            *("bdist_wheel", "--dist-dir", folder),
         )
         (built,) = Path(folder).glob("*.whl")
         excluded = [argument for name in NOT_BUNDLED for argument in ("--exclude", name)]
         repaired = Path(folder) / "repaired"
         _run(
-            [sys.executable, "-m", "auditwheel", "repair", *excluded]
-            + ["--wheel-dir", str(repaired), str(built)],
             environment,
+            *("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(repaired), str(built)),
         )
         (wheel,) = repaired.glob("*.whl")
         output.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(wheel, output / wheel.name))
 
 
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    result = subprocess.run(command, cwd=ROOT, env=environment)
+def _run(environment: dict[str, str], *arguments: str) -> None:
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment)
     if result.returncode != 0:
-        raise SystemExit(f"failed: {' '.join(command)}")
+        raise SystemExit(f"failed: python {' '.join(arguments)}")
 
 
 def main() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
 
 from build_wheel import build_wheel, environment_for
 from cuda_toolkit import CudaError
 from variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def possible_variants() -> list[str]:
