@@ -1,5 +1,6 @@
 """The public functions of every family."""
 
+from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.squeeze_excite.op import squeeze_excite
 
-__all__ = ["squeeze_excite"]
+__all__ = ["box_iou_loss", "sigmoid_focal_loss", "squeeze_excite"]
