@@ -1,0 +1,1 @@
+"""Boxes: what detectors of every kind share."""
