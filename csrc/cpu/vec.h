@@ -211,6 +211,14 @@ DLKERNELS_INLINE void store(T* to, Vec value, Full) {
   store(to, value);
 }
 
+DLKERNELS_INLINE int64_t count_of(Full) {
+  return kVecSize;
+}
+
+DLKERNELS_INLINE int64_t count_of(int64_t lanes) {
+  return lanes;
+}
+
 // Calls body(i, lanes) for each vector of [0, size): lanes is Full{} but for
 // the last, incomplete vector, where it is the number of lanes.
 template <typename Body>
@@ -236,6 +244,17 @@ DLKERNELS_INLINE void store_one(T* to, float value) {
 }
 
 // ---- arithmetic ---------------------------------------------------------
+
+// Whether a comparison holds in any lane.
+DLKERNELS_INLINE bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
 
 // NaN in either operand gives NaN, as in torch (the hardware's max does not).
 DLKERNELS_INLINE Vec maximum(Vec a, Vec b) {
