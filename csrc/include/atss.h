@@ -149,8 +149,7 @@ anchor_at(const Anchors& anchors, int64_t image, int64_t l, int64_t i) {
 }
 
 // The level that anchor `index` lies on.
-DLKERNELS_SHARED_CODE int64_t
-level_of(const Anchors& anchors, int64_t index) {
+DLKERNELS_SHARED_CODE int64_t level_of(const Anchors& anchors, int64_t index) {
   int64_t l = 0;
   while (index >= anchors.levels[l].first + anchors.levels[l].count) {
     ++l;
@@ -206,11 +205,7 @@ DLKERNELS_SHARED_CODE float distance_along(
 
 // The largest distance between the point and an anchor of the window.
 DLKERNELS_SHARED_CODE float reach_of(
-    const Anchors& anchors,
-    int64_t l,
-    const Window& window,
-    float x,
-    float y) {
+    const Anchors& anchors, int64_t l, const Window& window, float x, float y) {
   const Level& level = anchors.levels[l];
   float reach = 0.0f;
   for (int64_t a = 0; a < anchors.per_cell; ++a) {
@@ -224,8 +219,7 @@ DLKERNELS_SHARED_CODE float reach_of(
     const float across =
         larger(dx(window.columns.begin), dx(window.columns.end - 1));
     const float down = larger(dy(window.rows.begin), dy(window.rows.end - 1));
-    const float distance =
-        sqrtf(product(across, across) + product(down, down));
+    const float distance = sqrtf(product(across, across) + product(down, down));
     reach = larger(reach, distance);
   }
   return reach;
@@ -380,9 +374,8 @@ DLKERNELS_SHARED_CODE uint64_t claim_of(float iou, int64_t box) {
 }
 
 DLKERNELS_SHARED_CODE int64_t box_of_claim(uint64_t claim) {
-  return claim == 0
-             ? -1
-             : static_cast<int64_t>(0xFFFFFFFFu - (claim & 0xFFFFFFFFu));
+  return claim == 0 ? -1
+                    : static_cast<int64_t>(0xFFFFFFFFu - (claim & 0xFFFFFFFFu));
 }
 
 DLKERNELS_SHARED_CODE float iou_of_claim(uint64_t claim) {

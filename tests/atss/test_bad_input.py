@@ -27,7 +27,7 @@ BOXES = random_boxes(2, 3, (32, 48))
             "gt_boxes",
             torch.rand(3, 4),
             ValueError,
-            r"gt_boxes must have.*\[B, boxes, 4\].*\[3, 4\]",
+            r"gt_boxes .*\[B, boxes, 4\].*\[3, 4\]",
         ),
         ("gt_boxes", torch.ones(2, 3, 4).int(), TypeError, "gt_boxes must be float32.*int32"),
         ("gt_boxes", [], ValueError, "gt_boxes must have at least one image"),

@@ -11,8 +11,14 @@ from tests.atss.cases import Case, cases, published, published_batch, random_box
 from tests.numbers import DEVICES_AND_BACKENDS
 
 SERVED = [pair for pair in DEVICES_AND_BACKENDS if pair[1] != "triton"]
-many = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+many = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
 some = settings(many, max_examples=300)
+
+
+@pytest.fixture
+def one_thread():
+    """Starting threads would take most of the time of tiny cases."""
+    torch.set_num_threads(1)
 
 
 def same(actual, expected):
@@ -33,6 +39,7 @@ def by_both_paths(case: Case, boxes, device="cpu", **options):
     return on_grid
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("device", "backend"), [*SERVED, ("cpu", "reference")])
 def test_published_algorithm(device, backend):
     @(some if backend == "reference" else many)
@@ -47,6 +54,7 @@ def test_published_algorithm(device, backend):
     check()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("device", "backend"), [*SERVED, ("cpu", "reference")])
 def test_anchors_outside_and_ignored_are_left_out(device, backend):
     @some

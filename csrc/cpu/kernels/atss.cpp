@@ -177,8 +177,8 @@ void exclude_anchors(
     const int64_t image = item / anchors.count;
     const int64_t index = item % anchors.count;
     const int64_t l = level_of(anchors, index);
-    const Box anchor = anchor_at<kGrid>(
-        anchors, image, l, index - anchors.levels[l].first);
+    const Box anchor =
+        anchor_at<kGrid>(anchors, image, l, index - anchors.levels[l].first);
     args.exclusions[item] = exclusion_of(exclude, image, index, anchor);
   }
 }
@@ -200,14 +200,10 @@ void centres(
 
 void raise(uint64_t* claim, uint64_t value) {
   uint64_t current = __atomic_load_n(claim, __ATOMIC_RELAXED);
-  while (current < value &&
-         !__atomic_compare_exchange_n(
-             claim,
-             &current,
-             value,
-             true,
-             __ATOMIC_RELAXED,
-             __ATOMIC_RELAXED)) {
+  while (
+      current < value &&
+      !__atomic_compare_exchange_n(
+          claim, &current, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
 }
 
@@ -286,8 +282,8 @@ void resolve(
     int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const uint64_t claim = args.claims[i];
-    const bool ignored = args.exclusions != nullptr &&
-                         args.exclusions[i] == Exclusion::Ignored;
+    const bool ignored =
+        args.exclusions != nullptr && args.exclusions[i] == Exclusion::Ignored;
     assigned[i] = ignored ? kIgnored : box_of_claim(claim);
     iou[i] = iou_of_claim(claim);
   }
