@@ -20,27 +20,36 @@ std::vector<AtssBox> boxes_of(const atss::Assign& args) {
   return boxes;
 }
 
-struct CentreTensors {
-  Tensor x;
-  Tensor y;
-};
+// Memory for the work on one box.
+class Workspace {
+ public:
+  explicit Workspace(const atss::Assign& args)
+      : capacity_(
+            ceil_div(args.slots, kAtssSlotAlignment) * kAtssSlotAlignment),
+        orders_(args.slots),
+        anchors_(capacity_),
+        floats_(6 * capacity_) {}
 
-CentreTensors centres_of(const Tensor& anchors) {
-  const int64_t count = anchors.numel() / 4;
-  CentreTensors centres{
-      empty_float(anchors, {count}), empty_float(anchors, {count})};
-  const auto* boxes = anchors.const_data_ptr<float>();
-  auto* x = centres.x.mutable_data_ptr<float>();
-  auto* y = centres.y.mutable_data_ptr<float>();
-  parallel_for(count, 4, [&](int64_t begin, int64_t end) {
-    atss_kernels().centres(boxes, x, y, begin, end);
-  });
-  return centres;
-}
+  AtssWorkspace view() {
+    return {
+        orders_.data(),
+        anchors_.data(),
+        floats_.data(),
+        floats_.data() + 4 * capacity_,
+        floats_.data() + 5 * capacity_,
+        capacity_};
+  }
+
+ private:
+  int64_t capacity_;
+  std::vector<uint64_t> orders_;
+  std::vector<int64_t> anchors_;
+  std::vector<float> floats_;
+};
 
 std::tuple<Tensor, Tensor> assign(
     const atss::Anchors& anchors,
-    const AtssCentres& centres,
+    bool grid,
     const Tensor& gt_boxes,
     const Tensor& num_gt,
     const std::optional<Tensor>& gt_ignore,
@@ -63,7 +72,7 @@ std::tuple<Tensor, Tensor> assign(
   }
   const atss::Assign args{
       anchors,
-      centres.x == nullptr,
+      grid,
       images,
       gt_boxes.size(1),
       gt_boxes.const_data_ptr<float>(),
@@ -82,19 +91,21 @@ std::tuple<Tensor, Tensor> assign(
           kernels.exclude(args, exclude, begin, end);
         });
   }
+  // Excluded anchors are left out of the centres, so each image has its own.
+  const bool shared = anchors.image_stride == 0 && !exclusions;
+  const int64_t num_centres = grid ? 0 : shared ? anchors.count : items;
+  Tensor centre_tensor = empty_float(gt_boxes, {2, num_centres});
+  auto* x = centre_tensor.mutable_data_ptr<float>();
+  const AtssCentres centres{x, x + num_centres, shared ? 0 : anchors.count};
+  parallel_for(num_centres, 4, [&](int64_t begin, int64_t end) {
+    kernels.centres(args, centres, begin, end);
+  });
+
   const std::vector<AtssBox> boxes = boxes_of(args);
-  const int64_t cost = 64 * args.slots + (args.grid ? 0 : anchors.count / 4);
+  const int64_t cost = 32 * args.slots + (grid ? 0 : anchors.count / 4);
   parallel_for(boxes.size(), cost, [&](int64_t begin, int64_t end) {
-    std::vector<uint64_t> orders(args.slots);
-    std::vector<atss::Candidate> candidates(args.slots);
-    kernels.claim(
-        args,
-        centres,
-        boxes.data(),
-        orders.data(),
-        candidates.data(),
-        begin,
-        end);
+    Workspace workspace(args);
+    kernels.claim(args, centres, boxes.data(), workspace.view(), begin, end);
   });
   parallel_for(items, 4, [&](int64_t begin, int64_t end) {
     kernels.resolve(args, assigned_data, iou_data, begin, end);
@@ -116,18 +127,8 @@ std::tuple<Tensor, Tensor> atss_assign(
   STD_TORCH_CHECK(
       anchors_.dim() == 2 || anchors_.size(0) == gt_boxes.size(0),
       "anchors must have as many images as gt_boxes");
-  const CentreTensors centres = centres_of(anchors_);
   return assign(
-      anchors,
-      {centres.x.const_data_ptr<float>(),
-       centres.y.const_data_ptr<float>(),
-       anchors.image_stride / 4},
-      gt_boxes,
-      num_gt,
-      gt_ignore,
-      valid,
-      k,
-      ignore_iof_thr);
+      anchors, false, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
 }
 
 std::tuple<Tensor, Tensor> atss_assign_grid(
@@ -145,7 +146,7 @@ std::tuple<Tensor, Tensor> atss_assign_grid(
       anchors_of(base_anchors, sizes, strides, offset);
   check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
   return assign(
-      anchors, {}, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
+      anchors, true, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
 }
 
 }  // namespace

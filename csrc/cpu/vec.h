@@ -211,14 +211,6 @@ DLKERNELS_INLINE void store(T* to, Vec value, Full) {
   store(to, value);
 }
 
-DLKERNELS_INLINE int64_t count_of(Full) {
-  return kVecSize;
-}
-
-DLKERNELS_INLINE int64_t count_of(int64_t lanes) {
-  return lanes;
-}
-
 // Calls body(i, lanes) for each vector of [0, size): lanes is Full{} but for
 // the last, incomplete vector, where it is the number of lanes.
 template <typename Body>
@@ -244,6 +236,19 @@ DLKERNELS_INLINE void store_one(T* to, float value) {
 }
 
 // ---- arithmetic ---------------------------------------------------------
+
+DLKERNELS_INLINE Vec sqrt(Vec value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(value)));
+#else
+  for (int64_t i = 0; i < kVecSize; ++i) {
+    value[i] = __builtin_sqrtf(value[i]);
+  }
+  return value;
+#endif
+}
 
 // Whether a comparison holds in any lane.
 DLKERNELS_INLINE bool any(IntVec mask) {

@@ -18,50 +18,52 @@
 
 namespace dlkernels::atss {
 
+// The functions of boxes take floats, or vectors of floats on the CPU: masks
+// are therefore combined by & and not by &&.
+
 // A product that no compiler contracts with a sum. (CPU kernel files switch
 // contraction off.)
-DLKERNELS_SHARED_CODE float product(float a, float b) {
+template <typename T>
+DLKERNELS_SHARED_CODE T product(T a, T b) {
 #if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return __dmul_rn(a, b);
+  } else {
+    return __fmul_rn(a, b);
+  }
 #else
   return a * b;
 #endif
 }
 
-DLKERNELS_SHARED_CODE double product(double a, double b) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-DLKERNELS_SHARED_CODE float smaller(float a, float b) {
+template <typename T>
+DLKERNELS_SHARED_CODE T smaller(T a, T b) {
   return a < b ? a : b;
 }
 
-DLKERNELS_SHARED_CODE float larger(float a, float b) {
+template <typename T>
+DLKERNELS_SHARED_CODE T larger(T a, T b) {
   return a > b ? a : b;
-}
-
-DLKERNELS_SHARED_CODE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
 }
 
 // ---- boxes --------------------------------------------------------------
 
-struct Box {
-  float x1, y1, x2, y2;
+template <typename T>
+struct BoxOf {
+  T x1, y1, x2, y2;
 };
 
-DLKERNELS_SHARED_CODE float centre(float low, float high) {
+using Box = BoxOf<float>;
+
+template <typename T>
+DLKERNELS_SHARED_CODE T centre(T low, T high) {
   return (low + high) / 2.0f;
 }
 
-DLKERNELS_SHARED_CODE float squared_distance(
-    float x, float y, float other_x, float other_y) {
-  const float dx = x - other_x;
-  const float dy = y - other_y;
+template <typename T>
+DLKERNELS_SHARED_CODE T squared_distance(T x, T y, T other_x, T other_y) {
+  const T dx = x - other_x;
+  const T dy = y - other_y;
   return product(dx, dx) + product(dy, dy);
 }
 
@@ -73,20 +75,36 @@ DLKERNELS_SHARED_CODE bool is_proper(const Box& box) {
          height < INFINITY;
 }
 
-DLKERNELS_SHARED_CODE float area(const Box& box) {
+template <typename T>
+DLKERNELS_SHARED_CODE T area(const BoxOf<T>& box) {
   return product(box.x2 - box.x1, box.y2 - box.y1);
 }
 
-DLKERNELS_SHARED_CODE float intersection(const Box& a, const Box& b) {
-  const float width = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
-  const float height = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
-  return width > 0.0f && height > 0.0f ? product(width, height) : 0.0f;
+template <typename T>
+DLKERNELS_SHARED_CODE T intersection(const BoxOf<T>& a, const BoxOf<T>& b) {
+  const T width = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
+  const T height = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
+  return product(larger(width, T{}), larger(height, T{}));
 }
 
 // 0 where the boxes do not overlap, whatever their areas.
-DLKERNELS_SHARED_CODE float iou(const Box& anchor, const Box& box) {
-  const float common = intersection(anchor, box);
-  return common > 0.0f ? common / ((area(anchor) + area(box)) - common) : 0.0f;
+template <typename T>
+DLKERNELS_SHARED_CODE T iou(const BoxOf<T>& anchor, const BoxOf<T>& box) {
+  const T common = intersection(anchor, box);
+  const T whole = (area(anchor) + area(box)) - common;
+  return common > 0.0f ? common / whole : T{};
+}
+
+// `value` where the anchor's centre lies inside the box, else -1.
+template <typename T>
+DLKERNELS_SHARED_CODE T
+if_centre_inside(const BoxOf<T>& anchor, const BoxOf<T>& box, T value) {
+  constexpr float kMargin = 0.01f;
+  const T x = centre(anchor.x1, anchor.x2);
+  const T y = centre(anchor.y1, anchor.y2);
+  const auto inside = (x - box.x1 > kMargin) & (y - box.y1 > kMargin) &
+                      (box.x2 - x > kMargin) & (box.y2 - y > kMargin);
+  return inside ? value : T{} - 1.0f;
 }
 
 // ---- anchors ------------------------------------------------------------
@@ -139,11 +157,14 @@ anchor_at(const Anchors& anchors, int64_t image, int64_t l, int64_t i) {
     return box_at(
         anchors.boxes + image * anchors.image_stride, level.first + i);
   } else {
-    const int64_t cell = i / anchors.per_cell;
-    const Box base =
-        box_at(anchors.boxes, l * anchors.per_cell + i % anchors.per_cell);
-    const float x = cell_centre(anchors, level, cell % level.width);
-    const float y = cell_centre(anchors, level, cell / level.width);
+    // Divisions of 32 bits are quicker, and enough within a level.
+    const auto per_cell = static_cast<uint32_t>(anchors.per_cell);
+    const auto width = static_cast<uint32_t>(level.width);
+    const uint32_t cell = static_cast<uint32_t>(i) / per_cell;
+    const Box base = box_at(
+        anchors.boxes, l * per_cell + static_cast<uint32_t>(i) % per_cell);
+    const float x = cell_centre(anchors, level, cell % width);
+    const float y = cell_centre(anchors, level, cell / width);
     return {x + base.x1, y + base.y1, x + base.x2, y + base.y2};
   }
 }
@@ -318,43 +339,39 @@ order_of(float squared_distance, int64_t position) {
 
 constexpr uint64_t kNothing = ~uint64_t{0};
 
+DLKERNELS_SHARED_CODE float distance_of(uint64_t order) {
+  const auto bits = static_cast<uint32_t>(order >> 32);
+  float distance;
+  memcpy(&distance, &bits, sizeof(distance));
+  return distance;
+}
+
 DLKERNELS_SHARED_CODE int64_t position_of(uint64_t order) {
   return static_cast<int64_t>(order & 0xFFFFFFFFu);
 }
 
-struct Candidate {
-  int64_t anchor;  // or -1: the level has fewer anchors
-  float iou;
-  bool centre_inside;
-};
-
-DLKERNELS_SHARED_CODE Candidate
-candidate_of(int64_t anchor, const Box& anchor_box, const Box& box) {
-  constexpr float kMargin = 0.01f;
-  const float x = centre(anchor_box.x1, anchor_box.x2);
-  const float y = centre(anchor_box.y1, anchor_box.y2);
-  const bool inside = x - box.x1 > kMargin && y - box.y1 > kMargin &&
-                      box.x2 - x > kMargin && box.y2 - y > kMargin;
-  return {anchor, iou(anchor_box, box), inside};
-}
+// Stands for the IoU of a candidate that a level is too small to have.
+constexpr float kAbsent = -1.0f;
 
 // Mean plus unbiased standard deviation of the candidates' IoUs, in their
 // order; the deviation of a single candidate is 0.
-DLKERNELS_SHARED_CODE double threshold_of(
-    const Candidate* candidates, int64_t slots) {
+template <typename Iou>
+DLKERNELS_SHARED_CODE double threshold_of(int64_t slots, const Iou& iou_of) {
   int64_t count = 0;
   double sum = 0.0;
   for (int64_t i = 0; i < slots; ++i) {
-    if (candidates[i].anchor >= 0) {
-      sum += candidates[i].iou;
+    const float iou = iou_of(i);
+    if (iou != kAbsent) {
+      sum += iou;
       ++count;
     }
   }
   const double mean = sum / static_cast<double>(count);
   double squares = 0.0;
   for (int64_t i = 0; i < slots; ++i) {
-    if (candidates[i].anchor >= 0) {
-      const double deviation = candidates[i].iou - mean;
+    const float iou = iou_of(i);
+    if (iou != kAbsent) {
+      const double deviation = iou - mean;
       squares += product(deviation, deviation);
     }
   }
@@ -379,10 +396,7 @@ DLKERNELS_SHARED_CODE int64_t box_of_claim(uint64_t claim) {
 }
 
 DLKERNELS_SHARED_CODE float iou_of_claim(uint64_t claim) {
-  const auto bits = static_cast<uint32_t>(claim >> 32);
-  float iou;
-  memcpy(&iou, &bits, sizeof(iou));
-  return iou;
+  return distance_of(claim);
 }
 
 // ---- anchors that are no candidates -------------------------------------

@@ -8,10 +8,11 @@
 
 namespace dlkernels {
 
-// Centres of arbitrary anchors, so that a scan reads them as vectors.
+// Centres of arbitrary anchors, so that a scan reads them as vectors; NaN where
+// an anchor is excluded.
 struct AtssCentres {
-  const float* x;        // [count] or [images, count]; null for grids
-  const float* y;        // likewise
+  float* x;              // [count] or [images, count]; null for grids
+  float* y;              // likewise
   int64_t image_stride;  // floats from one image's centres to the next's
 };
 
@@ -21,21 +22,32 @@ struct AtssBox {
   int64_t box;
 };
 
+// What the work on one box needs. Arrays of `capacity` elements hold the slots
+// of a box and may be read and written up to a whole vector.
+struct AtssWorkspace {
+  uint64_t* orders;      // [k]
+  int64_t* anchors;      // [capacity]
+  float* boxes;          // [4, capacity]: x1, y1, x2, y2 of the candidates
+  float* iou;            // [capacity]
+  float* iou_if_inside;  // [capacity]
+  int64_t capacity;
+};
+
+constexpr int64_t kAtssSlotAlignment = 16;
+
 struct AtssKernels {
   // An item is an anchor of all images' anchors, one after another.
   void (*exclude)(
       const atss::Assign&, const atss::Exclude&, int64_t begin, int64_t end);
-  // x[i], y[i] = the centre of boxes[i]; an item is an anchor.
+  // An item is an element of the centres.
   void (*centres)(
-      const float* boxes, float* x, float* y, int64_t begin, int64_t end);
+      const atss::Assign&, const AtssCentres&, int64_t begin, int64_t end);
   // Claims the positive anchors of each box; an item is an entry of `boxes`.
-  // Workspace: k orders, slots candidates.
   void (*claim)(
       const atss::Assign&,
       const AtssCentres&,
       const AtssBox* boxes,
-      uint64_t* orders,
-      atss::Candidate* candidates,
+      const AtssWorkspace&,
       int64_t begin,
       int64_t end);
   // Turns claims into indices, in place, and IoUs; an item is an anchor of all
