@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dlkernels import backend
 from dlkernels.boxes import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.targets import BoxBatch, anchor_boxes, check_valid
@@ -67,9 +68,31 @@ def max_iou_assign(
         )
     if valid is not None:
         check_valid(valid, batch, boxes.shape[-2])
-    return reference.max_iou_assign(
-        boxes, batch.boxes, batch.counts, valid, pos_iou, neg_iou, low_quality
-    )
+    arguments = boxes, batch.boxes, batch.counts, valid, pos_iou, neg_iou, low_quality
+    if backend.select("max_iou_assign", boxes) == "reference":
+        return reference.max_iou_assign(*arguments)
+    return _MAX_IOU_OP(*arguments)
+
+
+def _max_iou_fake(
+    anchors: Tensor,
+    boxes: Tensor,
+    counts: Tensor,
+    valid: Tensor | None,
+    pos_iou: float,
+    neg_iou: float,
+    low_quality: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = len(boxes), anchors.shape[-2]
+    return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape)
+
+
+_MAX_IOU_OP = backend.define(
+    "max_iou_assign",
+    "(Tensor anchors, Tensor boxes, Tensor counts, Tensor? valid, float pos_iou, float neg_iou, "
+    "bool low_quality) -> (Tensor assigned, Tensor iou)",
+    _max_iou_fake,
+)
 
 
 def yolo_assign(

@@ -1,7 +1,9 @@
-"""Inputs of the detection losses that the tests share."""
+"""Inputs of losses and assigners that the tests share."""
 
 import torch
 from torch import Tensor
+
+from dlkernels.boxes.anchors import AnchorGrid
 
 KINDS = ["iou", "giou", "diou", "ciou"]
 REDUCTIONS = ["none", "mean", "sum"]
@@ -53,3 +55,19 @@ def make_targets(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> Tenso
     soft = torch.rand(shape)
     hard = soft.round()
     return torch.where(torch.rand(shape) < 0.5, soft, hard).to(dtype)
+
+
+IMAGE = 160, 192
+RATIOS = (0.5, 1.0, 2.0)
+
+
+def make_grid(offset=0.5):
+    return AnchorGrid.for_image(IMAGE, (8, 16, 32), (2, 4), RATIOS, offset)
+
+
+def make_gt(count, rounded=False):
+    """Boxes that mostly overlap some anchor, some beyond the image; rounded ones often tie."""
+    centers = torch.rand(count, 2) * torch.tensor([210.0, 180.0]) - 10
+    sizes = 4 + 90 * torch.rand(count, 2) ** 2
+    boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], -1)
+    return (boxes / 8).round() * 8 if rounded else boxes

@@ -11,22 +11,8 @@ from dlkernels import ops, use_backend
 from dlkernels.boxes import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.measure import peak_cpu_memory
+from tests.boxes.cases import make_grid, make_gt
 from tests.numbers import DEVICES_AND_BACKENDS
-
-IMAGE = 160, 192
-RATIOS = (0.5, 1.0, 2.0)
-
-
-def make_grid(offset=0.5):
-    return AnchorGrid.for_image(IMAGE, (8, 16, 32), (2, 4), RATIOS, offset)
-
-
-def make_gt(count, rounded=False):
-    """Boxes that mostly overlap some anchor, some beyond the image; rounded ones often tie."""
-    centers = torch.rand(count, 2) * torch.tensor([210.0, 180.0]) - 10
-    sizes = 4 + 90 * torch.rand(count, 2) ** 2
-    boxes = torch.cat([centers - sizes / 2, centers + sizes / 2], -1)
-    return (boxes / 8).round() * 8 if rounded else boxes
 
 
 def naive_iou(a, b):
@@ -60,6 +46,28 @@ def test_max_iou_is_torchvisions_matcher(count, rounded, low_quality, device, ba
         positive = assigned >= 0
         torch.testing.assert_close(ious[positive], iou.amax(0)[positive])
         assert (ious[~positive] == 0).all()
+
+
+def test_max_iou_opcheck():
+    arguments = make_grid().boxes(), make_gt(12).view(2, 6, 4), torch.tensor([6, 2])
+    valid = torch.rand(len(arguments[0])) < 0.5
+    op = torch.ops.dlkernels.max_iou_assign.default
+    for mask in (None, valid):
+        torch.library.opcheck(op, (*arguments, mask, 0.5, 0.4, True))
+
+
+def test_the_bare_op_touches_no_memory_of_wrong_shape():
+    op = torch.ops.dlkernels.max_iou_assign
+    anchors, boxes = make_grid().boxes(), make_gt(6).view(1, 6, 4)
+    for arguments, message in (
+        ((anchors[:, :3], boxes, torch.tensor([6]), None), "anchors must be float32 of shape"),
+        ((anchors, boxes[0], torch.tensor([6]), None), "boxes must be float32 of shape"),
+        ((anchors, boxes, torch.tensor([7]), None), "counts must lie between 0 and G"),
+        ((anchors, boxes, torch.tensor([6, 1]), None), "counts must be int64 of shape"),
+        ((anchors, boxes, torch.tensor([6]), torch.ones(3).bool()), "valid must be bool of shape"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments, 0.5, 0.4, False)
 
 
 def test_max_iou_gives_a_box_that_overlaps_nothing_to_no_anchor():
@@ -238,6 +246,17 @@ def test_no_matrix_of_anchors_and_boxes(assign):
     matrix = 4 * len(grid) * 1000
     with use_backend("reference"):
         assert peak_cpu_memory(lambda: assign(grid, None, gt)) < 64 << 20 < matrix
+
+
+def test_memory_of_the_max_iou_kernel():
+    """10,000 boxes on 22,400 anchors: nothing but the results, and the planes of the anchors."""
+    grid = AnchorGrid.for_image((800, 1344))
+    gt = make_gt(10_000)[None] * 5
+    anchors = grid.boxes()
+    ops.max_iou_assign(anchors, None, gt)
+    results, planes, checks_of_boxes = 12 * len(grid), 16 * len(grid), 2 * gt.nbytes
+    peak = peak_cpu_memory(lambda: ops.max_iou_assign(anchors, None, gt, low_quality=True))
+    assert results + planes <= peak <= results + planes + checks_of_boxes
 
 
 @every_assigner

@@ -10,10 +10,13 @@ from dlkernels import ops, use_backend
 from dlkernels.boxes import reference
 from tests.boxes.cases import (
     BOX_SHAPES,
+    IMAGE,
     KINDS,
     LOGIT_SHAPES,
     REDUCTIONS,
     make_boxes,
+    make_grid,
+    make_gt,
     make_labels,
     make_targets,
 )
@@ -262,7 +265,25 @@ def test_focal_gradcheck_of_float64():
         )
 
 
-# ---- both ---------------------------------------------------------------------------------------
+# ---- assignment ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_quality", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_max_iou_is_the_formula_bit_for_bit(rounded, low_quality):
+    grid = make_grid()
+    anchors = grid.boxes()
+    gt = [make_gt(count, rounded) for count in (0, 1, 17, 60)]
+    own = torch.stack([anchors.roll(shift, 0) for shift in range(4)])
+    masks = grid.inside(IMAGE), torch.rand(4, len(grid)) < 0.7
+    for boxes, valid in ((anchors, None), (anchors[:37], None), (own, masks[0]), (grid, masks[1])):
+        ours = ops.max_iou_assign(boxes, None, gt, low_quality=low_quality, valid=valid)
+        with use_backend("reference"):
+            wanted = ops.max_iou_assign(boxes, None, gt, low_quality=low_quality, valid=valid)
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+# ---- both losses --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
