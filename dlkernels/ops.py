@@ -1,5 +1,16 @@
 """The public functions of every family."""
 
+from dlkernels.atss.op import atss_assign
+from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
+from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.squeeze_excite.op import squeeze_excite
 
-__all__ = ["squeeze_excite"]
+__all__ = [
+    "atss_assign",
+    "box_iou_loss",
+    "fcos_assign",
+    "max_iou_assign",
+    "sigmoid_focal_loss",
+    "squeeze_excite",
+    "yolo_assign",
+]

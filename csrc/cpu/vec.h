@@ -303,6 +303,30 @@ DLKERNELS_INLINE void store_one(T* to, float value) {
 
 // ---- arithmetic ---------------------------------------------------------
 
+DLKERNELS_INLINE Vec sqrt(Vec value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(value)));
+#else
+  for (int64_t i = 0; i < kVecSize; ++i) {
+    value[i] = __builtin_sqrtf(value[i]);
+  }
+  return value;
+#endif
+}
+
+// Whether a comparison holds in any lane.
+DLKERNELS_INLINE bool any(IntVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
 // NaN in either operand gives NaN, as in torch (the hardware's max does not).
 DLKERNELS_INLINE Vec maximum(Vec a, Vec b) {
   return (a > b) | (a != a) ? a : b;

@@ -1,0 +1,170 @@
+"""The arguments that assigners share: anchors, and the boxes of a batch of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dlkernels.boxes.anchors import AnchorGrid
+from dlkernels.checks import check_shape, check_tensor, describe
+
+
+@dataclass(frozen=True)
+class BoxBatch:
+    """The boxes of a batch of images.
+
+    Attributes:
+        boxes: float32 [B, G, 4], x1 y1 x2 y2, with padding behind each image's own.
+        counts: int64 [B], the number of boxes in each image.
+    """
+
+    boxes: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None) -> BoxBatch:
+        """Boxes [B, G, 4] of which the first ``num_gt`` count, or a list of B tensors [G_i, 4].
+
+        Raises:
+            TypeError: an argument is no tensor or of a wrong dtype.
+            ValueError: shapes or devices do not fit, ``num_gt`` is out of range, or a box is NaN,
+                infinite or inverted; the message names the image and the box.
+        """
+        if isinstance(boxes, Tensor):
+            check_tensor("gt_boxes", boxes)
+            if boxes.dim() != 3 or boxes.shape[2] != 4:
+                raise ValueError(f"gt_boxes must have shape [B, G, 4], but is {describe(boxes)}")
+            batch = cls(_prepared(boxes), _counts(num_gt, boxes))
+        elif num_gt is not None:
+            raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
+        else:
+            batch = cls._of_list(boxes)
+        batch._check_proper()
+        return batch
+
+    @classmethod
+    def _of_list(cls, boxes: Sequence[Tensor]) -> BoxBatch:
+        if not isinstance(boxes, (list, tuple)):
+            raise TypeError(f"gt_boxes must be a tensor or a list, but is {type(boxes).__name__}")
+        if not boxes:
+            raise ValueError("gt_boxes must have at least one image, but is an empty list")
+        for image, tensor in enumerate(boxes):
+            check_tensor(f"gt_boxes[{image}]", tensor)
+            if tensor.dim() != 2 or tensor.shape[1] != 4:
+                raise ValueError(
+                    f"gt_boxes[{image}] must have shape [G, 4], but is {describe(tensor)}"
+                )
+            check_device(f"gt_boxes[{image}]", tensor, boxes[0])
+        padded = pad_sequence([_prepared(tensor) for tensor in boxes], batch_first=True)
+        return cls(padded, torch.tensor([len(tensor) for tensor in boxes], device=padded.device))
+
+    def _check_proper(self) -> None:
+        most = self.boxes.shape[1]
+        wrong = ((self.counts < 0) | (self.counts > most)).nonzero()
+        if len(wrong):
+            image = int(wrong[0])
+            raise ValueError(
+                f"num_gt must lie between 0 and the {most} boxes of gt_boxes, but is "
+                f"{int(self.counts[image])} for image {image}"
+            )
+        size = self.boxes[..., 2:] - self.boxes[..., :2]
+        proper = self.boxes.isfinite().all(-1) & (size >= 0).all(-1)
+        improper = (~proper & self._is_box()).nonzero()
+        if len(improper):
+            image, box = improper[0].tolist()
+            raise ValueError(
+                "gt_boxes must be finite with x1 <= x2 and y1 <= y2, but box "
+                f"{box} of image {image} is {self.boxes[image, box].tolist()}"
+            )
+
+    def _is_box(self) -> Tensor:
+        return torch.arange(self.boxes.shape[1], device=self.boxes.device) < self.counts[:, None]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def images(self) -> list[Tensor]:
+        """The boxes of each image, [G_i, 4]."""
+        return [
+            boxes[:count] for boxes, count in zip(self.boxes, self.counts.tolist(), strict=True)
+        ]
+
+
+def anchor_boxes(
+    anchors: Tensor | AnchorGrid, num_level_anchors: Sequence[int] | None, batch: BoxBatch
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """The boxes of the anchors, float32 [A, 4] or [B, A, 4], and how many each level has.
+
+    Raises:
+        TypeError: ``anchors`` is neither tensor nor grid, or of a wrong dtype.
+        ValueError: shapes or devices do not fit, or levels do not add up to the anchors.
+    """
+    if isinstance(anchors, AnchorGrid):
+        if num_level_anchors is not None and tuple(num_level_anchors) != anchors.num_level_anchors:
+            raise ValueError(
+                "num_level_anchors must be None or that of the grid, "
+                f"{anchors.num_level_anchors}, but is {tuple(num_level_anchors)}"
+            )
+        return anchors.boxes(batch.boxes.device), anchors.num_level_anchors
+    check_tensor("anchors", anchors)
+    fits = anchors.dim() in (2, 3) and anchors.shape[-1] == 4
+    if not fits or (anchors.dim() == 3 and len(anchors) != len(batch)):
+        raise ValueError(
+            f"anchors must have shape [A, 4] or [{len(batch)}, A, 4], but is {describe(anchors)}"
+        )
+    check_device("anchors", anchors, batch.boxes)
+    if num_level_anchors is None:
+        return _prepared(anchors), None
+    if min(num_level_anchors, default=0) < 0 or sum(num_level_anchors) != anchors.shape[-2]:
+        raise ValueError(
+            f"num_level_anchors must add up to the {anchors.shape[-2]} anchors, but is "
+            f"{tuple(num_level_anchors)}"
+        )
+    return _prepared(anchors), tuple(num_level_anchors)
+
+
+def check_valid(valid: Any, batch: BoxBatch, anchors: int) -> None:
+    """``valid`` is a mask of the anchors, for all images or for each.
+
+    Raises:
+        TypeError: it is no bool tensor.
+        ValueError: its shape or device does not fit.
+    """
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        found = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid must be a bool tensor, but is {found}")
+    if list(valid.shape) not in ([anchors], [len(batch), anchors]):
+        raise ValueError(
+            f"valid must have shape [{anchors}] or [{len(batch)}, {anchors}], "
+            f"but is {describe(valid)}"
+        )
+    check_device("valid", valid, batch.boxes)
+
+
+def check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
+    """The tensor is where the boxes are."""
+    if tensor.device != boxes.device:
+        raise ValueError(
+            f"{name} must be on the device of gt_boxes, {boxes.device}, but is on {tensor.device}"
+        )
+
+
+def _prepared(boxes: Tensor) -> Tensor:
+    return boxes.detach().float().contiguous()
+
+
+def _counts(num_gt: Tensor | None, boxes: Tensor) -> Tensor:
+    images, most = boxes.shape[:2]
+    if num_gt is None:
+        return torch.full((images,), most, device=boxes.device)
+    if not isinstance(num_gt, Tensor) or num_gt.dtype not in (torch.int64, torch.int32):
+        found = num_gt.dtype if isinstance(num_gt, Tensor) else type(num_gt).__name__
+        raise TypeError(f"num_gt must be an int64 tensor, but is {found}")
+    check_shape("num_gt", num_gt, [images], "[B] of gt_boxes")
+    check_device("num_gt", num_gt, boxes)
+    return num_gt.long().contiguous()

@@ -1,0 +1,66 @@
+"""The machine code of the losses' Triton kernels, held to the budget beside them."""
+
+import pytest
+import torch
+
+from dlkernels.boxes import triton as kernels
+from tests.gpu_proof.launches import record
+from tests.gpu_proof.machine_code import ARCHITECTURES, compile_ahead
+
+PAIRS = 1 << 16
+ROWS, CLASSES = 4096, 80
+# float16 differs from bfloat16 in one conversion.
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def box_launches(dtype, kind, summed=True):
+    boxes = torch.empty(PAIRS, 4, dtype=dtype)
+    grad = torch.empty(() if summed else (PAIRS,))
+    forward = record(kernels.box_iou_loss, boxes, boxes, kind, summed, 1e-7)
+    return forward + record(kernels.box_iou_loss_backward, grad, boxes, boxes, kind, 1e-7)
+
+
+def focal_launches(dtype, form, gamma=2.0, summed=True):
+    logits = torch.empty(ROWS, CLASSES, dtype=dtype)
+    targets = torch.empty(ROWS, dtype=torch.int64) if form == "labels" else logits
+    weight = torch.empty(ROWS) if form == "labels" else None
+    grad = torch.empty(() if summed else (ROWS, CLASSES))
+    inputs = logits, targets, weight, 0.75, 0.25, gamma
+    forward = record(kernels.sigmoid_focal_loss, *inputs, summed)
+    return forward + record(kernels.sigmoid_focal_loss_backward, grad, *inputs)
+
+
+def test_every_kernel_has_a_budget():
+    launches = box_launches(torch.float32, "iou") + focal_launches(torch.float32, "labels")
+    assert {launch.name for launch in launches} == set(kernels.BUDGETS)
+
+
+def assert_within_budget(launches, architecture):
+    for launch in launches:
+        code = compile_ahead(launch, architecture)
+        budget = kernels.BUDGETS[launch.name]
+        found = f"{launch.name}: {code}"
+        assert code.spills == 0, found
+        assert code.registers <= budget.registers, found
+        assert code.shared <= budget.shared, found
+        assert code.wide >= budget.wide, found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["giou", "ciou"])
+def test_box_iou_loss(kind, dtype, architecture):
+    assert_within_budget(box_launches(dtype, kind), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["labels", "targets"])
+def test_sigmoid_focal_loss(form, dtype, architecture):
+    assert_within_budget(focal_launches(dtype, form), architecture)
+
+
+def test_losses_per_element():
+    """The forms that write each loss, and the general exponent."""
+    assert_within_budget(box_launches(torch.float32, "ciou", summed=False), 90)
+    assert_within_budget(focal_launches(torch.float32, "labels", 1.5, summed=False), 90)
