@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,13 +85,10 @@ def atss_assign(
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, but is {topk}")
-    boxes, counts = _padded("gt_boxes", gt_boxes)
+    boxes = _padded("gt_boxes", gt_boxes)
     device = boxes.device
-    if isinstance(gt_boxes, Tensor):
-        counts = _counts(num_gt, boxes)
-    elif num_gt is not None:
-        raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
-    ignored = None if gt_ignore is None else _padded("gt_ignore", gt_ignore)[0]
+    counts = _counts(gt_boxes, num_gt, boxes)
+    ignored = None if gt_ignore is None else _padded("gt_ignore", gt_ignore)
     if ignored is not None:
         check_shape("gt_ignore", ignored, [len(boxes), ignored.shape[1], 4], "B of gt_boxes")
         _check_device("gt_ignore", ignored, device)
@@ -110,6 +108,8 @@ def atss_assign(
         _check_valid(valid, len(boxes), sum(levels), device)
         valid = valid.contiguous()
     if check_boxes or (check_boxes is None and device.type == "cpu" and not _is_tracing()):
+        if num_gt is not None:
+            _check_counts(counts, boxes.shape[1])
         _check_proper(boxes, counts)
 
     targets = (boxes, counts, ignored, valid, topk * per_location, ignore_iof_thr)
@@ -131,14 +131,13 @@ def _prepared(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Boxes [B, G, 4] in float32, padded with zeros, and their numbers [B]."""
+def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """Boxes [B, G, 4] in float32, those of a list padded with zeros."""
     if isinstance(boxes, Tensor):
         check_tensor(name, boxes)
         if boxes.dim() != 3 or boxes.shape[2] != 4:
             raise ValueError(f"{name} must have shape [B, boxes, 4], but is {describe(boxes)}")
-        counts = torch.full((len(boxes),), boxes.shape[1], device=boxes.device)
-        return _prepared(boxes), counts
+        return _prepared(boxes)
     if not boxes:
         raise ValueError(f"{name} must have at least one image where it is a list, but is empty")
     for image, tensor in enumerate(boxes):
@@ -148,20 +147,23 @@ def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor
                 f"{name}[{image}] must have shape [boxes, 4], but is {describe(tensor)}"
             )
         _check_device(f"{name}[{image}]", tensor, boxes[0].device)
-    padded = pad_sequence([_prepared(tensor) for tensor in boxes], batch_first=True)
-    counts = torch.tensor([len(tensor) for tensor in boxes], device=padded.device)
-    return padded, counts
+    return pad_sequence([_prepared(tensor) for tensor in boxes], batch_first=True)
 
 
-def _counts(num_gt: Tensor | None, boxes: Tensor) -> Tensor:
-    images, most = boxes.shape[:2]
+def _counts(gt_boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None, padded: Tensor) -> Tensor:
+    """The number of boxes in each image, [B]."""
+    images, most = padded.shape[:2]
+    if not isinstance(gt_boxes, Tensor):
+        if num_gt is not None:
+            raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
+        return torch.tensor([len(boxes) for boxes in gt_boxes], device=padded.device)
     if num_gt is None:
-        return torch.full((images,), most, device=boxes.device)
+        return torch.full((images,), most, device=padded.device)
     if not isinstance(num_gt, Tensor) or num_gt.dtype not in (torch.int64, torch.int32):
         found = num_gt.dtype if isinstance(num_gt, Tensor) else type(num_gt).__name__
         raise TypeError(f"num_gt must be an int64 tensor, but is {found}")
     check_shape("num_gt", num_gt, [images], "[B] of gt_boxes")
-    _check_device("num_gt", num_gt, boxes.device)
+    _check_device("num_gt", num_gt, padded.device)
     return num_gt.long().contiguous()
 
 
@@ -222,8 +224,7 @@ def _check_valid(valid: Tensor, images: int, anchors: int, device: torch.device)
     _check_device("valid", valid, device)
 
 
-def _check_proper(boxes: Tensor, counts: Tensor) -> None:
-    most = boxes.shape[1]
+def _check_counts(counts: Tensor, most: int) -> None:
     out_of_range = (counts < 0) | (counts > most)
     if out_of_range.any():
         image = int(out_of_range.nonzero()[0])
@@ -231,7 +232,15 @@ def _check_proper(boxes: Tensor, counts: Tensor) -> None:
             f"num_gt must lie between 0 and the {most} boxes of gt_boxes, but is "
             f"{int(counts[image])} for image {image}"
         )
-    is_box = torch.arange(most, device=boxes.device) < counts[:, None]
+
+
+def _check_proper(boxes: Tensor, counts: Tensor) -> None:
+    if boxes.numel() == 0:
+        return
+    least, largest = (boxes[..., 2:] - boxes[..., :2]).aminmax()
+    if least.item() >= 0 and largest.item() < math.inf:  # the padding, too: nothing more to do
+        return
+    is_box = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
     improper = is_box & ~reference.is_proper(boxes)
     if improper.any():
         image, box = improper.nonzero()[0].tolist()
