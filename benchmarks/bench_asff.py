@@ -18,7 +18,7 @@ PYRAMIDS = [
 
 
 def bytes_moved(features, logits, out, training):
-    """Inputs read and the output written once; in training all again, and the gradients written."""
+    """Inputs read, the output written; in training all again, and the gradients written."""
     read = sum(t.nbytes for t in (*features, logits))
     return read + out.nbytes + (2 * read + out.nbytes if training else 0)
 
@@ -28,8 +28,8 @@ def bytes_moved(features, logits, out, training):
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize(("shape", "factors"), PYRAMIDS, ids=lambda value: "x".join(map(str, value)))
 def test_asff_fuse(benchmark, shape, factors, training, memory_format, mode):
-    n, c, h, w = shape
-    sizes = [(n, c, h // s, w // s) for s in factors] + [(n, len(factors), h, w)]
+    n, _, h, w = shape
+    sizes = [(*shape[:2], h // s, w // s) for s in factors] + [(n, len(factors), h, w)]
     tensors = [
         torch.randn(size, device=DEVICE).contiguous(memory_format=memory_format) for size in sizes
     ]

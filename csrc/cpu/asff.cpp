@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -131,8 +132,18 @@ Tensor empty_maps_of(
       format);
 }
 
-std::unique_ptr<float[]> make_scratch(const Pyramid& pyramid) {
-  return std::unique_ptr<float[]>(new float[scratch_of(pyramid).size]);
+struct Free {
+  void operator()(float* memory) const {
+    std::free(memory);
+  }
+};
+
+// Memory for one thread, aligned to the widest vectors.
+std::unique_ptr<float, Free> make_scratch(const Pyramid& pyramid) {
+  const size_t bytes = sizeof(float) * scratch_of(pyramid).size;
+  auto* memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+  STD_TORCH_CHECK(memory != nullptr, "out of memory: ", bytes, " bytes");
+  return std::unique_ptr<float, Free>(memory);
 }
 
 Tensor asff_fuse(

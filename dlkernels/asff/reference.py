@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,12 +15,13 @@ MODES = ("nearest", "bilinear")
 
 def asff_fuse(features: Sequence[Tensor], logits: Tensor, mode: str) -> Tensor:
     """See :func:`dlkernels.ops.asff_fuse`."""
-    weights = torch.softmax(logits, 1).unbind(1)
+    weights = torch.softmax(logits, 1)
     height = logits.shape[2]
-    return sum(
-        weight.unsqueeze(1) * upsample(x, height // x.shape[2], mode)
-        for weight, x in zip(weights, features, strict=True)
+    terms = (
+        weights[:, level : level + 1] * upsample(x, height // x.shape[2], mode)
+        for level, x in enumerate(features)
     )
+    return functools.reduce(torch.add, terms)
 
 
 def upsample(x: Tensor, factor: int, mode: str) -> Tensor:

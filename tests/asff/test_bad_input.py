@@ -40,13 +40,13 @@ def test_number_of_features(count):
 
 
 def test_features_as_one_tensor():
-    with pytest.raises(TypeError, match="features must be a list or tuple .* but is Tensor"):
+    with pytest.raises(TypeError, match=r"features must be a list or tuple .* but is Tensor"):
         ops.asff_fuse(torch.randn(2, 1, 2, 4, 4), torch.randn(1, 2, 4, 4))
 
 
 def test_mode():
     *features, logits = make_inputs((1, 2, 4, 4), (1, 2))
-    with pytest.raises(ValueError, match="mode must be one of 'nearest', 'bilinear'.*'bicubic'"):
+    with pytest.raises(ValueError, match=r"mode must be one of 'nearest', 'bilinear'.*'bicubic'"):
         ops.asff_fuse(features, logits, "bicubic")
 
 

@@ -219,12 +219,17 @@ class RowResizer {
     }
   }
 
-  // wide[x] for x in [0, width), from a row of width / factor cells.
-  void enlarge(float* row, int64_t width, float* wide) const {
+  // wide[x] for x in [0, width), from a row of width / factor cells; nearest,
+  // as many copies of that row.
+  void enlarge(
+      float* row, int64_t width, int64_t copies, float* wide) const {
     if (!bilinear_) {
       const IntVec cell = indices(cell_);
-      for (int64_t x = 0; x < width; x += kVecSize) {
-        store(wide + x, permute(load(row + (x >> shift_)), cell));
+      for (int64_t copy = 0; copy < copies; ++copy) {
+        for (int64_t x = 0; x < width; x += kVecSize) {
+          store(
+              wide + copy * width + x, permute(load(row + (x >> shift_)), cell));
+        }
       }
       return;
     }
@@ -444,23 +449,33 @@ class Planes {
     if (level.factor == 1) {
       return as_floats(values + first * width, rows * width, wide);
     }
-    float* narrow = memory_ + layout_.row;
-    for (int64_t row = 0; row < rows; ++row) {
-      const Source source = source_of(
-          first + row, level.factor, height_of(l), pyramid_.bilinear);
+    // All rows of the strip are read before the first is enlarged: a vector
+    // that spans two fresh stores would wait for both.
+    const bool bilinear = pyramid_.bilinear;
+    const int64_t copies = bilinear ? 1 : level.factor;
+    for (int64_t row = 0; row < rows; row += copies) {
+      const Source source =
+          source_of(first + row, level.factor, height_of(l), bilinear);
       const T* upper = values + source.first * width;
       const T* lower = values + source.second * width;
       for_each_vec(width, [&](int64_t x, auto lanes) {
         Vec value = load(upper + x, lanes);
-        if (pyramid_.bilinear) {
+        if (bilinear) {
           value = (1.0f - source.share) * value +
                   source.share * load(lower + x, lanes);
         }
-        store(narrow + x, value, lanes);
+        store(narrow_row(row) + x, value, lanes);
       });
-      resizers_[l].enlarge(narrow, pyramid_.width, wide + row * pyramid_.width);
+    }
+    for (int64_t row = 0; row < rows; row += copies) {
+      resizers_[l].enlarge(
+          narrow_row(row), pyramid_.width, copies, wide + row * pyramid_.width);
     }
     return wide;
+  }
+
+  float* narrow_row(int64_t row) const {
+    return memory_ + layout_.narrow + row * layout_.narrow_stride;
   }
 
   void clear_shrunk(int64_t l) const {

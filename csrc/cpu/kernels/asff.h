@@ -42,7 +42,8 @@ struct Logits {
 // over contiguous maps, which enlarge a strip of rows at a time.
 struct Scratch {
   int64_t strip_rows;
-  int64_t row;                  // a row before it is enlarged
+  int64_t narrow;               // a strip's rows before they are enlarged
+  int64_t narrow_stride;
   int64_t strips[kMaxLevels];   // enlarged rows of each level
   int64_t grad;                 // a strip of grad_out
   int64_t shrunk[kMaxLevels];   // grad of each level, shrunk in height alone
@@ -53,19 +54,21 @@ struct Scratch {
 };
 
 static inline Scratch scratch_of(const Pyramid& pyramid) {
-  // Vectors of up to 16 floats are read and written from any float of a row on.
+  // Vectors of up to 16 floats are read and written from any float of a row on,
+  // and from the one before it.
   constexpr int64_t kPadding = 32;
   constexpr int64_t kStripSize = 1024;
   Scratch scratch{};
   const auto take = [&](int64_t floats) {
     const int64_t start = scratch.size + kPadding;
-    scratch.size = start + floats + kPadding;
+    scratch.size = start + (floats + 15) / 16 * 16 + kPadding;
     return start;
   };
   const int64_t cells = kStripSize / (pyramid.coarsest * pyramid.width);
   scratch.strip_rows = pyramid.coarsest * (cells > 1 ? cells : 1);
   const int64_t strip = scratch.strip_rows * pyramid.width;
-  scratch.row = take(pyramid.width);
+  scratch.narrow_stride = (pyramid.width / 2 + 15) / 16 * 16 + kPadding;
+  scratch.narrow = take(scratch.strip_rows * scratch.narrow_stride);
   scratch.grad = take(strip);
   scratch.shrunk_width = (pyramid.width + 15) / 16 * 16;
   for (int64_t l = 0; l < pyramid.num_levels; ++l) {
