@@ -26,10 +26,10 @@ def bytes_moved(features, logits, out, training):
 @pytest.mark.parametrize("mode", reference.MODES)
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("shape", "factors"), PYRAMIDS, ids=lambda value: "x".join(map(str, value)))
+@pytest.mark.parametrize(("shape", "factors"), PYRAMIDS, ids=lambda v: "x".join(map(str, v)))
 def test_asff_fuse(benchmark, shape, factors, training, memory_format, mode):
-    n, _, h, w = shape
-    sizes = [(*shape[:2], h // s, w // s) for s in factors] + [(n, len(factors), h, w)]
+    samples, _, h, w = shape
+    sizes = [(*shape[:2], h // s, w // s) for s in factors] + [(samples, len(factors), h, w)]
     tensors = [
         torch.randn(size, device=DEVICE).contiguous(memory_format=memory_format) for size in sizes
     ]

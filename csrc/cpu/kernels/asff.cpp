@@ -125,8 +125,8 @@ void softmax(
     for (int64_t row = begin; row < end; ++row) {
       const LogitsRow at(logits, row);
       const int64_t sample = row / logits.height;
-      float* to = weights + sample * levels * area +
-                  row % logits.height * logits.width;
+      float* to =
+          weights + sample * levels * area + row % logits.height * logits.width;
       for_each_vec(logits.width, [&](int64_t x, auto lanes) {
         Vec z[kMaxLevels];
         for (int64_t l = 0; l < levels; ++l) {
@@ -221,14 +221,14 @@ class RowResizer {
 
   // wide[x] for x in [0, width), from a row of width / factor cells; nearest,
   // as many copies of that row.
-  void enlarge(
-      float* row, int64_t width, int64_t copies, float* wide) const {
+  void enlarge(float* row, int64_t width, int64_t copies, float* wide) const {
     if (!bilinear_) {
       const IntVec cell = indices(cell_);
       for (int64_t copy = 0; copy < copies; ++copy) {
         for (int64_t x = 0; x < width; x += kVecSize) {
           store(
-              wide + copy * width + x, permute(load(row + (x >> shift_)), cell));
+              wide + copy * width + x,
+              permute(load(row + (x >> shift_)), cell));
         }
       }
       return;
@@ -325,8 +325,7 @@ class RowResizer {
 };
 
 // The values themselves where they are floats, else a copy of them in `room`.
-DLKERNELS_INLINE const float* as_floats(
-    const float* values, int64_t, float*) {
+DLKERNELS_INLINE const float* as_floats(const float* values, int64_t, float*) {
   return values;
 }
 
@@ -339,7 +338,13 @@ DLKERNELS_INLINE const float* as_floats(
   return room;
 }
 
-// Works on one plane [height, width] of the output after the other.
+// A number known at compile time.
+template <int64_t n>
+struct Count {
+  static constexpr int64_t value = n;
+};
+
+// Works on planes [height, width] of the output, one or kPlanes at a time.
 template <typename T>
 class Planes {
  public:
@@ -354,60 +359,95 @@ class Planes {
     }
   }
 
-  template <int64_t kLevels>
-  void fuse(int64_t plane, T* out) const {
-    const float* weight = weights_of(plane);
+  // Calls body(plane, Count<planes>{}) for [begin, end), where planes that are
+  // worked on together belong to one sample.
+  template <typename Body>
+  void for_each_group(int64_t begin, int64_t end, const Body& body) const {
+    for (int64_t plane = begin; plane < end;) {
+      const int64_t next = (plane / pyramid_.channels + 1) * pyramid_.channels;
+      if (plane + kPlanes <= (next < end ? next : end)) {
+        body(plane, Count<kPlanes>{});
+        plane += kPlanes;
+      } else {
+        body(plane, Count<1>{});
+        plane += 1;
+      }
+    }
+  }
+
+  template <int64_t kLevels, int64_t kCount>
+  void fuse(Count<kLevels>, Count<kCount>, int64_t plane, T* out) const {
+    const float* weights = weights_of(plane);
     for_each_strip([&](int64_t row, int64_t rows) {
       const int64_t first = row * pyramid_.width;
-      const float* values[kLevels];
+      const float* values[kLevels][kCount];
       for (int64_t l = 0; l < kLevels; ++l) {
-        values[l] = enlarged(l, plane, row, rows);
+        for (int64_t p = 0; p < kCount; ++p) {
+          values[l][p] = enlarged(l, plane, p, row, rows);
+        }
       }
       for_each_vec(rows * pyramid_.width, [&](int64_t i, auto lanes) {
-        Vec total{};
+        Vec total[kCount] = {};
         for (int64_t l = 0; l < kLevels; ++l) {
-          total += load(weight + l * area_ + first + i, lanes) *
-                   load(values[l] + i, lanes);
+          const Vec weight = load(weights + l * area_ + first + i, lanes);
+          for (int64_t p = 0; p < kCount; ++p) {
+            total[p] += weight * load(values[l][p] + i, lanes);
+          }
         }
-        store(out + plane * area_ + first + i, total, lanes);
+        for (int64_t p = 0; p < kCount; ++p) {
+          store(out + (plane + p) * area_ + first + i, total[p], lanes);
+        }
       });
     });
   }
 
-  // Writes the plane's gradients and adds to dots [levels, height, width].
-  void backward(int64_t plane, const T* grad_out, float* dots) const {
-    const float* weights = weights_of(plane);
-    for (int64_t l = 0; l < pyramid_.num_levels; ++l) {
-      clear_shrunk(l);
-    }
+  // Writes the planes' gradients and adds to dots [levels, height, width].
+  template <int64_t kCount>
+  void backward(
+      Count<kCount> count,
+      int64_t plane,
+      const T* grad_out,
+      float* dots) const {
+    clear_shrunk(kCount);
     for_each_strip([&](int64_t row, int64_t rows) {
       const int64_t first = row * pyramid_.width;
       const int64_t size = rows * pyramid_.width;
-      const float* grad = as_floats(
-          grad_out + plane * area_ + first, size, memory_ + layout_.grad);
+      const float* grads[kCount];
+      for (int64_t p = 0; p < kCount; ++p) {
+        grads[p] = as_floats(
+            grad_out + (plane + p) * area_ + first,
+            size,
+            memory_ + layout_.grad[p]);
+      }
       for (int64_t l = 0; l < pyramid_.num_levels; ++l) {
-        const float* values = enlarged(l, plane, row, rows);
-        const float* weight = weights + l * area_ + first;
+        const float* weight = weights_of(plane) + l * area_ + first;
         float* dot = dots + l * area_ + first;
-        const auto weigh = [&](auto* to) {
-          for_each_vec(size, [&](int64_t i, auto lanes) {
-            const Vec g = load(grad + i, lanes);
-            const Vec product = g * load(values + i, lanes);
-            store(dot + i, load(dot + i, lanes) + product, lanes);
-            store(to + i, g * load(weight + i, lanes), lanes);
-          });
-        };
+        const float* values[kCount];
+        for (int64_t p = 0; p < kCount; ++p) {
+          values[p] = enlarged(l, plane, p, row, rows);
+        }
         if (pyramid_.levels[l].factor == 1) {
-          weigh(grad_of(l, plane) + first);
+          T* to[kCount];
+          for (int64_t p = 0; p < kCount; ++p) {
+            to[p] = grad_of(l, plane + p) + first;
+          }
+          weigh(count, size, grads, values, weight, dot, to);
         } else {
-          float* strip = memory_ + layout_.strips[l];
-          weigh(strip);
-          shrink_rows(l, strip, row, rows);
+          float* to[kCount];
+          for (int64_t p = 0; p < kCount; ++p) {
+            to[p] = memory_ + layout_.wide[l][p];
+          }
+          weigh(count, size, grads, values, weight, dot, to);
+          for (int64_t p = 0; p < kCount; ++p) {
+            shrink_rows(l, p, row, rows);
+          }
         }
       }
     });
     for (int64_t l = 0; l < pyramid_.num_levels; ++l) {
-      shrink_columns(l, plane);
+      for (int64_t p = 0; p < kCount; ++p) {
+        shrink_columns(l, plane, p);
+      }
     }
   }
 
@@ -429,6 +469,14 @@ class Planes {
            plane * height_of(l) * width_of(l);
   }
 
+  float* narrow_row(int64_t row) const {
+    return memory_ + layout_.narrow + row * layout_.narrow_stride;
+  }
+
+  float* shrunk_row(int64_t l, int64_t p, int64_t row) const {
+    return memory_ + layout_.shrunk[l][p] + row * layout_.shrunk_stride;
+  }
+
   template <typename Body>
   void for_each_strip(const Body& body) const {
     const int64_t height = pyramid_.height;
@@ -438,34 +486,49 @@ class Planes {
     }
   }
 
-  // Rows of a level in the size of the output.
+  // dot += grad * value, summed over the planes, and to = grad * weight.
+  template <int64_t kCount, typename To>
+  void weigh(
+      Count<kCount>,
+      int64_t size,
+      const float* const* grads,
+      const float* const* values,
+      const float* weight,
+      float* dot,
+      To* const* to) const {
+    for_each_vec(size, [&](int64_t i, auto lanes) {
+      const Vec factor = load(weight + i, lanes);
+      Vec products[kCount];
+      for (int64_t p = 0; p < kCount; ++p) {
+        const Vec grad = load(grads[p] + i, lanes);
+        products[p] = grad * load(values[p] + i, lanes);
+        store(to[p] + i, grad * factor, lanes);
+      }
+      for (int64_t half = kCount / 2; half > 0; half /= 2) {
+        for (int64_t p = 0; p < half; ++p) {
+          products[p] += products[p + half];
+        }
+      }
+      store(dot + i, load(dot + i, lanes) + products[0], lanes);
+    });
+  }
+
+  // Rows of a level in the size of the output, of plane `plane + p`.
   const float* enlarged(
-      int64_t l, int64_t plane, int64_t first, int64_t rows) const {
+      int64_t l, int64_t plane, int64_t p, int64_t first, int64_t rows) const {
     const auto& level = pyramid_.levels[l];
     const int64_t width = width_of(l);
     const T* values =
-        static_cast<const T*>(level.x) + plane * height_of(l) * width;
-    float* wide = memory_ + layout_.strips[l];
+        static_cast<const T*>(level.x) + (plane + p) * height_of(l) * width;
+    float* wide = memory_ + layout_.wide[l][p];
     if (level.factor == 1) {
       return as_floats(values + first * width, rows * width, wide);
     }
     // All rows of the strip are read before the first is enlarged: a vector
     // that spans two fresh stores would wait for both.
-    const bool bilinear = pyramid_.bilinear;
-    const int64_t copies = bilinear ? 1 : level.factor;
+    const int64_t copies = pyramid_.bilinear ? 1 : level.factor;
     for (int64_t row = 0; row < rows; row += copies) {
-      const Source source =
-          source_of(first + row, level.factor, height_of(l), bilinear);
-      const T* upper = values + source.first * width;
-      const T* lower = values + source.second * width;
-      for_each_vec(width, [&](int64_t x, auto lanes) {
-        Vec value = load(upper + x, lanes);
-        if (bilinear) {
-          value = (1.0f - source.share) * value +
-                  source.share * load(lower + x, lanes);
-        }
-        store(narrow_row(row) + x, value, lanes);
-      });
+      read_row(l, values, first + row, narrow_row(row));
     }
     for (int64_t row = 0; row < rows; row += copies) {
       resizers_[l].enlarge(
@@ -474,44 +537,52 @@ class Planes {
     return wide;
   }
 
-  float* narrow_row(int64_t row) const {
-    return memory_ + layout_.narrow + row * layout_.narrow_stride;
+  // What a row of the output reads of a level's plane, not yet enlarged.
+  void read_row(int64_t l, const T* values, int64_t row, float* narrow) const {
+    const bool bilinear = pyramid_.bilinear;
+    const Source source =
+        source_of(row, pyramid_.levels[l].factor, height_of(l), bilinear);
+    const T* upper = values + source.first * width_of(l);
+    const T* lower = values + source.second * width_of(l);
+    for_each_vec(width_of(l), [&](int64_t x, auto lanes) {
+      Vec value = load(upper + x, lanes);
+      if (bilinear) {
+        value = (1.0f - source.share) * value +
+                source.share * load(lower + x, lanes);
+      }
+      store(narrow + x, value, lanes);
+    });
   }
 
-  void clear_shrunk(int64_t l) const {
-    if (pyramid_.levels[l].factor > 1) {
-      __builtin_memset(
-          memory_ + layout_.shrunk[l],
-          0,
-          sizeof(float) * height_of(l) * layout_.shrunk_width);
-    }
-  }
-
-  void shrink_rows(
-      int64_t l, const float* strip, int64_t first, int64_t rows) const {
-    for (int64_t row = 0; row < rows; ++row) {
-      const Source source = source_of(
-          first + row,
-          pyramid_.levels[l].factor,
-          height_of(l),
-          pyramid_.bilinear);
-      const float* values = strip + row * pyramid_.width;
-      add_row(l, source.first, values, 1.0f - source.share);
-      if (source.share > 0.0f) {
-        add_row(l, source.second, values, source.share);
+  void clear_shrunk(int64_t planes) const {
+    for (int64_t l = 0; l < pyramid_.num_levels; ++l) {
+      for (int64_t p = 0; p < planes && pyramid_.levels[l].factor > 1; ++p) {
+        const int64_t size = height_of(l) * layout_.shrunk_stride;
+        __builtin_memset(shrunk_row(l, p, 0), 0, sizeof(float) * size);
       }
     }
   }
 
-  void add_row(
-      int64_t l, int64_t row, const float* values, float factor) const {
-    float* to = memory_ + layout_.shrunk[l] + row * layout_.shrunk_width;
+  void shrink_rows(int64_t l, int64_t p, int64_t first, int64_t rows) const {
+    const int64_t factor = pyramid_.levels[l].factor;
+    for (int64_t row = 0; row < rows; ++row) {
+      const Source source =
+          source_of(first + row, factor, height_of(l), pyramid_.bilinear);
+      const float* values = memory_ + layout_.wide[l][p] + row * pyramid_.width;
+      add_row(values, 1.0f - source.share, shrunk_row(l, p, source.first));
+      if (source.share > 0.0f) {
+        add_row(values, source.share, shrunk_row(l, p, source.second));
+      }
+    }
+  }
+
+  void add_row(const float* values, float factor, float* to) const {
     for (int64_t x = 0; x < pyramid_.width; x += kVecSize) {
       store(to + x, load(to + x) + factor * load(values + x));
     }
   }
 
-  void shrink_columns(int64_t l, int64_t plane) const {
+  void shrink_columns(int64_t l, int64_t plane, int64_t p) const {
     if (pyramid_.levels[l].factor == 1) {
       return;
     }
@@ -521,10 +592,10 @@ class Planes {
         memory_ + layout_.columns[2]};
     for (int64_t row = 0; row < height_of(l); ++row) {
       resizers_[l].shrink(
-          memory_ + layout_.shrunk[l] + row * layout_.shrunk_width,
+          shrunk_row(l, p, row),
           pyramid_.width,
           columns,
-          grad_of(l, plane) + row * width_of(l));
+          grad_of(l, plane + p) + row * width_of(l));
     }
   }
 
@@ -536,23 +607,18 @@ class Planes {
   RowResizer resizers_[kMaxLevels];
 };
 
-// Calls body(Levels<n>{}) for the n levels of a pyramid.
-template <int64_t n>
-struct Levels {
-  static constexpr int64_t count = n;
-};
-
+// Calls body(Count<n>{}) for the n levels of a pyramid.
 template <typename Body>
 DLKERNELS_INLINE void with_levels(int64_t count, const Body& body) {
   switch (count) {
     case 2:
-      return body(Levels<2>{});
+      return body(Count<2>{});
     case 3:
-      return body(Levels<3>{});
+      return body(Count<3>{});
     case 4:
-      return body(Levels<4>{});
+      return body(Count<4>{});
     default:
-      return body(Levels<5>{});
+      return body(Count<5>{});
   }
 }
 
@@ -567,9 +633,9 @@ void fuse_contiguous(
     using T = Pointee<decltype(tag)>;
     const Planes<T> planes(pyramid, weights, scratch);
     with_levels(pyramid.num_levels, [&](auto levels) {
-      for (int64_t plane = begin; plane < end; ++plane) {
-        planes.template fuse<levels.count>(plane, static_cast<T*>(out));
-      }
+      planes.for_each_group(begin, end, [&](int64_t plane, auto count) {
+        planes.fuse(levels, count, plane, static_cast<T*>(out));
+      });
     });
   });
 }
@@ -586,29 +652,31 @@ void fuse_backward_contiguous(
   // Channels are summed in blocks, so that rounding errors grow more slowly.
   constexpr int64_t kBlock = 16;
   const int64_t size = pyramid.num_levels * pyramid.height * pyramid.width;
-  float* block = scratch + scratch_of(pyramid).dots;
+  const int64_t step = (pyramid.channels + parts - 1) / parts;
+  float* block_dots = scratch + scratch_of(pyramid).dots;
   dispatch(pyramid.dtype, [&](auto* tag) {
     using T = Pointee<decltype(tag)>;
     const Planes<T> planes(pyramid, weights, scratch);
-    const int64_t step = (pyramid.channels + parts - 1) / parts;
     for (int64_t item = begin; item < end; ++item) {
+      const int64_t sample = item / parts * pyramid.channels;
+      const int64_t first = item % parts * step;
+      const int64_t last =
+          first + step < pyramid.channels ? first + step : pyramid.channels;
       float* totals = dots + item * size;
       __builtin_memset(totals, 0, sizeof(float) * size);
-      const int64_t first = item % parts * step;
-      const int64_t rest = pyramid.channels - first;
-      const int64_t count = rest < step ? rest : step;
-      const int64_t plane = item / parts * pyramid.channels + first;
-      for (int64_t c = 0; c < count; ++c) {
-        if (c % kBlock == 0) {
-          __builtin_memset(block, 0, sizeof(float) * size);
-        }
-        planes.backward(plane + c, static_cast<const T*>(grad_out), block);
-        if (c % kBlock == kBlock - 1 || c == count - 1) {
-          for_each_vec(size, [&](int64_t i, auto lanes) {
-            const Vec total = load(totals + i, lanes) + load(block + i, lanes);
-            store(totals + i, total, lanes);
-          });
-        }
+      for (int64_t c = first; c < last; c += kBlock) {
+        const int64_t stop = c + kBlock < last ? c + kBlock : last;
+        __builtin_memset(block_dots, 0, sizeof(float) * size);
+        planes.for_each_group(
+            sample + c, sample + stop, [&](int64_t plane, auto count) {
+              planes.backward(
+                  count, plane, static_cast<const T*>(grad_out), block_dots);
+            });
+        for_each_vec(size, [&](int64_t i, auto lanes) {
+          const Vec total =
+              load(totals + i, lanes) + load(block_dots + i, lanes);
+          store(totals + i, total, lanes);
+        });
       }
     }
   });
@@ -634,16 +702,14 @@ mix(const Tap<T>* taps, int64_t count, int64_t c, Lanes lanes) {
 }
 
 template <typename T>
-void mix_channels(
-    const Tap<T>* taps, int64_t count, int64_t channels, T* out) {
+void mix_channels(const Tap<T>* taps, int64_t count, int64_t channels, T* out) {
   constexpr int64_t kVecs = 4;
   int64_t c = 0;
   for (; c + kVecs * kVecSize <= channels; c += kVecs * kVecSize) {
     Vec total[kVecs] = {};
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t v = 0; v < kVecs; ++v) {
-        total[v] +=
-            taps[t].weight * load(taps[t].channels + c + v * kVecSize);
+        total[v] += taps[t].weight * load(taps[t].channels + c + v * kVecSize);
       }
     }
     for (int64_t v = 0; v < kVecs; ++v) {
@@ -784,8 +850,8 @@ class Pixels {
             grad_out + offset_of(y, x), share * weight_of(l, y, x)};
       }
     }
-    T* to = static_cast<T*>(pyramid_.levels[l].grad) +
-            cell_offset(l, row, column);
+    T* to =
+        static_cast<T*>(pyramid_.levels[l].grad) + cell_offset(l, row, column);
     mix_channels(taps, count, pyramid_.channels, to);
   }
 
@@ -826,8 +892,8 @@ void fuse_backward_channels_last(
       const int64_t first = item % bands * pyramid.coarsest;
       const int64_t last = first + pyramid.coarsest;
       const Pixels<T> pixels(pyramid, sample, weights);
-      float* sample_dots = dots + sample * pyramid.num_levels *
-                                      pyramid.height * pyramid.width;
+      float* sample_dots =
+          dots + sample * pyramid.num_levels * pyramid.height * pyramid.width;
       for (int64_t y = first; y < last; ++y) {
         pixels.backward_row(y, grad, sample_dots);
       }

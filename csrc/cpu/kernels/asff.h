@@ -38,18 +38,21 @@ struct Logits {
   int64_t width;
 };
 
-// Where the parts of one thread's scratch memory start, in floats: for passes
-// over contiguous maps, which enlarge a strip of rows at a time.
+// Passes over contiguous maps enlarge a strip of rows at a time, of several
+// planes (channels of a sample) that share their weights.
+constexpr int64_t kPlanes = 4;
+
+// Where the parts of one thread's scratch memory start, in floats.
 struct Scratch {
   int64_t strip_rows;
-  int64_t narrow;               // a strip's rows before they are enlarged
+  int64_t narrow;  // a strip's rows before they are enlarged
   int64_t narrow_stride;
-  int64_t strips[kMaxLevels];   // enlarged rows of each level
-  int64_t grad;                 // a strip of grad_out
-  int64_t shrunk[kMaxLevels];   // grad of each level, shrunk in height alone
-  int64_t shrunk_width;         // the stride of its rows
-  int64_t columns[3];           // a row of it while it is shrunk in width
-  int64_t dots;                 // [levels, height, width]
+  int64_t wide[kMaxLevels][kPlanes];    // a strip, enlarged
+  int64_t grad[kPlanes];                // a strip of grad_out
+  int64_t shrunk[kMaxLevels][kPlanes];  // grad of a level, shrunk in height
+  int64_t shrunk_stride;
+  int64_t columns[3];  // rows while they are shrunk in width
+  int64_t dots;        // [levels, height, width]
   int64_t size;
 };
 
@@ -57,7 +60,7 @@ static inline Scratch scratch_of(const Pyramid& pyramid) {
   // Vectors of up to 16 floats are read and written from any float of a row on,
   // and from the one before it.
   constexpr int64_t kPadding = 32;
-  constexpr int64_t kStripSize = 1024;
+  constexpr int64_t kStripSize = 512;
   Scratch scratch{};
   const auto take = [&](int64_t floats) {
     const int64_t start = scratch.size + kPadding;
@@ -69,13 +72,17 @@ static inline Scratch scratch_of(const Pyramid& pyramid) {
   const int64_t strip = scratch.strip_rows * pyramid.width;
   scratch.narrow_stride = (pyramid.width / 2 + 15) / 16 * 16 + kPadding;
   scratch.narrow = take(scratch.strip_rows * scratch.narrow_stride);
-  scratch.grad = take(strip);
-  scratch.shrunk_width = (pyramid.width + 15) / 16 * 16;
-  for (int64_t l = 0; l < pyramid.num_levels; ++l) {
-    const int64_t factor = pyramid.levels[l].factor;
-    scratch.strips[l] = take(strip);
-    scratch.shrunk[l] =
-        factor == 1 ? 0 : take(pyramid.height / factor * scratch.shrunk_width);
+  scratch.shrunk_stride = (pyramid.width + 15) / 16 * 16;
+  for (int64_t plane = 0; plane < kPlanes; ++plane) {
+    scratch.grad[plane] = take(strip);
+    for (int64_t l = 0; l < pyramid.num_levels; ++l) {
+      const int64_t factor = pyramid.levels[l].factor;
+      scratch.wide[l][plane] = take(strip);
+      if (factor > 1) {
+        scratch.shrunk[l][plane] =
+            take(pyramid.height / factor * scratch.shrunk_stride);
+      }
+    }
   }
   for (int64_t& column : scratch.columns) {
     column = take(pyramid.width);
