@@ -188,7 +188,7 @@ def _batch_norm_repeated(norm: nn.BatchNorm2d, x: Tensor, repeats: int) -> Tenso
     out = F.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 1.0, norm.eps)
     count = x.numel() // x.shape[1]
     repeated = count * repeats
-    variance *= (count - 1) / count * repeated / (repeated - 1)
+    variance = variance * ((count - 1) / count * repeated / (repeated - 1))
     batches += 1
     # As in torch, without a momentum all batches count alike.
     momentum: Any = (1 / batches).to(mean) if norm.momentum is None else norm.momentum
