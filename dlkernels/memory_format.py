@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -24,3 +26,15 @@ def empty_maps(maps: torch.Tensor) -> torch.Tensor:
 def to_format_of(like: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """``maps`` itself where it lies in memory as ``like`` does, else a copy that does."""
     return maps.contiguous(memory_format=memory_format_of(like))
+
+
+def new_maps(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Uninitialised maps [N, C, H, W] of another shape, in the memory format of ``like``."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=memory_format_of(like)
+    )
+
+
+def finest(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The level of a pyramid with the most pixels, which decides on the format of its results."""
+    return max(features, key=lambda x: x.shape[2])

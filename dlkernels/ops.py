@@ -1,11 +1,13 @@
 """The public functions of every family."""
 
+from dlkernels.asff.op import asff_fuse
 from dlkernels.atss.op import atss_assign
 from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.squeeze_excite.op import squeeze_excite
 
 __all__ = [
+    "asff_fuse",
     "atss_assign",
     "box_iou_loss",
     "fcos_assign",

@@ -301,6 +301,45 @@ DLKERNELS_INLINE void store_one(T* to, float value) {
   store(to, broadcast(value), 1);
 }
 
+// ---- lanes --------------------------------------------------------------
+
+// lanes[i] = value[indices[i]]
+DLKERNELS_INLINE Vec permute(Vec value, IntVec indices) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_permutexvar_ps(
+      reinterpret_cast<__m512i>(indices), reinterpret_cast<__m512>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec>(_mm256_permutevar8x32_ps(
+      reinterpret_cast<__m256>(value), reinterpret_cast<__m256i>(indices)));
+#else
+  Vec result{};
+  for (int64_t i = 0; i < kVecSize; ++i) {
+    result[i] = value[indices[i]];
+  }
+  return result;
+#endif
+}
+
+// The sums of neighbouring lanes, those of `a` before those of `b`.
+DLKERNELS_INLINE Vec pair_sums(Vec a, Vec b) {
+#if defined(__AVX512F__)
+#define DLKERNELS_EVEN_LANES \
+  0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define DLKERNELS_ODD_LANES \
+  1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX2__)
+#define DLKERNELS_EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define DLKERNELS_ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define DLKERNELS_EVEN_LANES 0, 2, 4, 6
+#define DLKERNELS_ODD_LANES 1, 3, 5, 7
+#endif
+  return __builtin_shufflevector(a, b, DLKERNELS_EVEN_LANES) +
+         __builtin_shufflevector(a, b, DLKERNELS_ODD_LANES);
+#undef DLKERNELS_EVEN_LANES
+#undef DLKERNELS_ODD_LANES
+}
+
 // ---- arithmetic ---------------------------------------------------------
 
 DLKERNELS_INLINE Vec sqrt(Vec value) {

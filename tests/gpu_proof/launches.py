@@ -28,16 +28,17 @@ class Launch:
 
     Attributes:
         kernel: the function.
-        signature: for each argument its type, ``"constexpr"`` for compile-time values.
+        signature: for each argument its type, ``"constexpr"`` for compile-time values; for a tuple
+            of tensors, those of its items.
         constants: the compile-time values.
-        divisible: positions of the arguments that 16 divides.
+        divisible: positions of the arguments that 16 divides; items of a tuple follow its own.
         options: warps and stages, where the launcher names them.
     """
 
     kernel: JITFunction
-    signature: dict[str, str]
+    signature: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
-    divisible: list[int]
+    divisible: list[tuple[int, ...]]
     options: dict[str, int]
 
     @property
@@ -69,9 +70,12 @@ def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
             launch.constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             launch.signature[parameter.name] = TYPES[value.dtype]
-            launch.divisible.append(position)
+            launch.divisible.append((position,))
+        elif isinstance(value, tuple):
+            launch.signature[parameter.name] = tuple(TYPES[item.dtype] for item in value)
+            launch.divisible += [(position, index) for index in range(len(value))]
         else:
             launch.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
-                launch.divisible.append(position)
+                launch.divisible.append((position,))
     return launch

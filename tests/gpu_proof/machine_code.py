@@ -46,7 +46,7 @@ def compile_ahead(launch: Launch, architecture: int) -> MachineCode:
         launch.kernel,
         launch.signature,
         launch.constants,
-        {(position,): [["tt.divisibility", 16]] for position in launch.divisible},
+        {position: [["tt.divisibility", 16]] for position in launch.divisible},
     )
     compiled = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options=launch.options

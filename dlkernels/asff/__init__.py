@@ -1,0 +1,1 @@
+"""Adaptively spatial feature fusion: softmax over levels, upsampling and the weighted sum."""
