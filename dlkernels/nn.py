@@ -1,5 +1,6 @@
 """The drop-in modules of every family."""
 
+from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
-__all__ = ["SqueezeExcite"]
+__all__ = ["BatchNormAct2d", "SqueezeExcite"]
