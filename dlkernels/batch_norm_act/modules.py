@@ -118,11 +118,11 @@ def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, c
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
-    momentum = norm.momentum
+    factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
+        if norm.momentum is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
     dtype = norm.running_mean.dtype
-    norm.running_mean.lerp_(mean.to(dtype), momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), momentum)
+    norm.running_mean.lerp_(mean.to(dtype), factor)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), factor)

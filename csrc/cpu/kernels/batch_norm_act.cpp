@@ -1,10 +1,6 @@
 #include "batch_norm_act.h"
 
-#include <type_traits>
-
-#include "../nonlinearity.h"
-#include "../reduce.h"
-#include "../vec.h"
+#include "../batch_norm_channel.h"
 
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
@@ -12,191 +8,37 @@ namespace {
 
 using Args = BatchNormActArgs;
 
-float square_root(float value) {
-  return __builtin_sqrtf(value);
-}
-
-float inverse_deviation(const Args& args, int64_t c) {
-  return 1.0f / square_root(args.var[c] + args.eps);
-}
-
-void set_scale(const Args& args, int64_t c) {
-  const float weight = args.weight == nullptr ? 1.0f : args.weight[c];
-  args.scale[c] = weight * inverse_deviation(args, c);
-}
-
-double count_of(const Args& args) {
-  return static_cast<double>(args.samples) * static_cast<double>(args.area);
-}
-
-float sample_scale(const Args& args, int64_t sample) {
-  return args.sample_scale == nullptr ? 1.0f : args.sample_scale[sample];
-}
-
-// What grad_out is increased by at every pixel of a sample's channel.
-float pooled_gradient(const Args& args, int64_t sample, int64_t c) {
-  return args.grad_pooled == nullptr
-             ? 0.0f
-             : args.grad_pooled[sample * args.channels + c] /
-                   static_cast<float>(args.area);
-}
-
-// The input's gradient is scale * (g - shift - (x - mean) * slope), g being the
-// gradient of the norm's output; both terms come from the batch statistics.
-struct InputGradient {
-  float shift;
-  float slope;
-};
-
-InputGradient finish_gradients(
-    const Args& args, int64_t c, double sum, double sum_deviation) {
-  const float inverse = inverse_deviation(args, c);
-  args.grad_bias[c] = static_cast<float>(sum);
-  args.grad_weight[c] = static_cast<float>(sum_deviation * inverse);
-  if (!args.batch_statistics) {
-    return {0.0f, 0.0f};
-  }
-  const double count = count_of(args);
-  return {
-      static_cast<float>(sum / count),
-      static_cast<float>(sum_deviation * inverse * inverse / count)};
-}
-
-// Calls body(typed null pointer, activation).
-template <typename Body>
-DLKERNELS_INLINE void specialize(const Args& args, const Body& body) {
-  dispatch(args.dtype, [&](auto* tag) {
-    with_nonlinearity(args.activation, args.negative_slope, [&](auto act) {
-      body(tag, act);
-    });
-  });
-}
-
 // ---- contiguous maps ----------------------------------------------------
-
-// The sum over all samples of a channel of value(offset, lanes).
-template <typename Value>
-DLKERNELS_INLINE double sum_channel(
-    const Args& args, int64_t c, const Value& value) {
-  double total = 0.0;
-  for (int64_t n = 0; n < args.samples; ++n) {
-    const int64_t plane = (n * args.channels + c) * args.area;
-    total += sum_of(args.area, [&](int64_t i, auto lanes) {
-      return value(plane + i, lanes);
-    });
-  }
-  return total;
-}
-
-template <typename T>
-DLKERNELS_INLINE void channel_statistics(
-    const Args& args, const T* x, int64_t c) {
-  const double count = count_of(args);
-  const double total = sum_channel(
-      args, c, [&](int64_t i, auto lanes) { return load(x + i, lanes); });
-  const float mean = static_cast<float>(total / count);
-  const double squares = sum_channel(args, c, [&](int64_t i, auto lanes) {
-    const Vec deviation = load(x + i, lanes) - mean;
-    return keep(deviation * deviation, lanes);
-  });
-  args.mean[c] = mean;
-  args.var[c] = static_cast<float>(squares / count);
-}
-
-template <typename T, typename Act>
-DLKERNELS_INLINE void apply_to_channel(
-    const Args& args, const Act& act, const T* x, int64_t c) {
-  const auto* residual = static_cast<const T*>(args.residual);
-  auto* out = static_cast<T*>(args.out);
-  const float mean = args.mean[c];
-  const float scale = args.scale[c];
-  const float bias = args.bias[c];
-  for (int64_t n = 0; n < args.samples; ++n) {
-    const int64_t plane = (n * args.channels + c) * args.area;
-    const float factor = sample_scale(args, n);
-    const auto write = [&](int64_t i, auto lanes) {
-      Vec value =
-          act.value((load(x + plane + i, lanes) - mean) * scale + bias) *
-          factor;
-      if (residual != nullptr) {
-        value += load(residual + plane + i, lanes);
-      }
-      store(out + plane + i, value, lanes);
-      return keep(value, lanes);
-    };
-    if (args.pooled == nullptr) {
-      for_each_vec(args.area, write);
-    } else {
-      args.pooled[n * args.channels + c] =
-          sum_of(args.area, write) / static_cast<float>(args.area);
-    }
-  }
-}
 
 void forward(const Args& args, int64_t begin, int64_t end) {
   specialize(args, [&](auto* tag, const auto& act) {
     const auto* x = static_cast<decltype(tag)>(const_cast<void*>(args.x));
     for (int64_t c = begin; c < end; ++c) {
-      if (args.batch_statistics) {
-        channel_statistics(args, x, c);
-      }
-      set_scale(args, c);
+      settle_channel(args, x, c);
       apply_to_channel(args, act, x, c);
     }
   });
 }
 
-// What backward recomputes of a vector of the input.
-struct Gradient {
-  Vec of_norm;    // of the norm's output
-  Vec deviation;  // x - mean
-};
-
-template <typename T, typename Act>
-DLKERNELS_INLINE void channel_backward(
-    const Args& args, const Act& act, int64_t c) {
-  const auto* x = static_cast<const T*>(args.x);
-  const auto* grad_out = static_cast<const T*>(args.grad_out);
-  auto* grad_x = static_cast<T*>(args.grad_x);
-  const float mean = args.mean[c];
-  const float scale = args.scale[c];
-  const float bias = args.bias[c];
-  const auto gradient = [&](int64_t n, int64_t i, auto lanes) {
-    const Vec deviation = load(x + i, lanes) - mean;
-    const Vec grad = (load(grad_out + i, lanes) + pooled_gradient(args, n, c)) *
-                     sample_scale(args, n);
-    return Gradient{grad * act.slope(deviation * scale + bias), deviation};
-  };
-  double sum_grad = 0.0;
-  double sum_deviation = 0.0;
-  for (int64_t n = 0; n < args.samples; ++n) {
-    const int64_t plane = (n * args.channels + c) * args.area;
-    const Pair sums = sum_pairs_of(args.area, [&](int64_t i, auto lanes) {
-      const Gradient at = gradient(n, plane + i, lanes);
-      return VecPair{
-          keep(at.of_norm, lanes), keep(at.of_norm * at.deviation, lanes)};
-    });
-    sum_grad += sums.first;
-    sum_deviation += sums.second;
-  }
-  const InputGradient terms =
-      finish_gradients(args, c, sum_grad, sum_deviation);
-  for (int64_t n = 0; n < args.samples; ++n) {
-    const int64_t plane = (n * args.channels + c) * args.area;
-    for_each_vec(args.area, [&](int64_t i, auto lanes) {
-      const Gradient at = gradient(n, plane + i, lanes);
-      const Vec grad = at.of_norm - terms.shift - at.deviation * terms.slope;
-      store(grad_x + plane + i, grad * scale, lanes);
-    });
-  }
-}
-
 void backward(const Args& args, int64_t begin, int64_t end) {
   specialize(args, [&](auto* tag, const auto& act) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+    const auto* x = static_cast<decltype(tag)>(const_cast<void*>(args.x));
+    const auto* grad_out =
+        static_cast<decltype(tag)>(const_cast<void*>(args.grad_out));
+    auto* grad_x = static_cast<decltype(tag)>(args.grad_x);
     for (int64_t c = begin; c < end; ++c) {
       set_scale(args, c);
-      channel_backward<T>(args, act, c);
+      channel_backward(
+          args,
+          act,
+          x,
+          c,
+          [&](int64_t n, int64_t i, auto lanes) {
+            return load(grad_out + plane_of(args, n, c) + i, lanes);
+          },
+          [&](int64_t n, int64_t i, Vec grad, auto lanes) {
+            store(grad_x + plane_of(args, n, c) + i, grad, lanes);
+          });
     }
   });
 }
