@@ -1,6 +1,7 @@
 """The drop-in modules of every family."""
 
 from dlkernels.asff.modules import ASFF
+from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
-__all__ = ["ASFF", "SqueezeExcite"]
+__all__ = ["ASFF", "BatchNormAct2d", "SqueezeExcite"]

@@ -2,6 +2,7 @@
 
 from dlkernels.asff.op import asff_fuse
 from dlkernels.atss.op import atss_assign
+from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.squeeze_excite.op import squeeze_excite
@@ -9,6 +10,7 @@ from dlkernels.squeeze_excite.op import squeeze_excite
 __all__ = [
     "asff_fuse",
     "atss_assign",
+    "batch_norm_act",
     "box_iou_loss",
     "fcos_assign",
     "max_iou_assign",

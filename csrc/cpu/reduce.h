@@ -59,6 +59,41 @@ DLKERNELS_INLINE void sum_planes(
   }
 }
 
+struct VecPair {
+  Vec first;
+  Vec second;
+};
+
+struct Pair {
+  double first;
+  double second;
+};
+
+// The sums of both parts of value(i, lanes) over the vectors of [0, size).
+template <typename Value>
+DLKERNELS_INLINE Pair sum_pairs_of(int64_t size, const Value& value) {
+  constexpr int64_t kBlock = 64 * kVecSize;
+  VecPair total{};
+  int64_t i = 0;
+  while (i + kVecSize <= size) {
+    const int64_t stop = i + kBlock < size ? i + kBlock : size;
+    VecPair block{};
+    for (; i + kVecSize <= stop; i += kVecSize) {
+      const VecPair terms = value(i, Full{});
+      block.first += terms.first;
+      block.second += terms.second;
+    }
+    total.first += block.first;
+    total.second += block.second;
+  }
+  if (i < size) {
+    const VecPair terms = value(i, size - i);
+    total.first += terms.first;
+    total.second += terms.second;
+  }
+  return {sum(total.first), sum(total.second)};
+}
+
 // sums[column] = the sum over rows of value(row, column, lanes). Rows are read
 // in order, a stretch of columns at a time, so that memory streams.
 template <typename Value>
@@ -101,6 +136,39 @@ DLKERNELS_INLINE void sum_columns(
             total + c, load(total + c, lanes) + load(block + c, lanes), lanes);
       });
     }
+  }
+}
+
+// first[column] and second[column] = the sums over rows of both parts of
+// value(row, column, lanes); rows are few enough for one running sum.
+template <typename Value>
+DLKERNELS_INLINE void sum_pairs_of_columns(
+    int64_t rows,
+    int64_t columns,
+    float* first,
+    float* second,
+    const Value& value) {
+  for_each_vec(columns, [&](int64_t c, auto lanes) {
+    store(first + c, Vec{}, lanes);
+    store(second + c, Vec{}, lanes);
+  });
+  int64_t row = 0;
+  for (; row + 2 <= rows; row += 2) {
+    for_each_vec(columns, [&](int64_t c, auto lanes) {
+      const VecPair a = value(row, c, lanes);
+      const VecPair b = value(row + 1, c, lanes);
+      const Vec firsts = a.first + b.first;
+      const Vec seconds = a.second + b.second;
+      store(first + c, load(first + c, lanes) + firsts, lanes);
+      store(second + c, load(second + c, lanes) + seconds, lanes);
+    });
+  }
+  if (row < rows) {
+    for_each_vec(columns, [&](int64_t c, auto lanes) {
+      const VecPair terms = value(row, c, lanes);
+      store(first + c, load(first + c, lanes) + terms.first, lanes);
+      store(second + c, load(second + c, lanes) + terms.second, lanes);
+    });
   }
 }
 

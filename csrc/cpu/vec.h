@@ -21,6 +21,7 @@
 #endif
 
 #define DLKERNELS_INLINE static inline __attribute__((always_inline))
+#define DLKERNELS_MEMBER inline __attribute__((always_inline))
 
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
@@ -50,6 +51,15 @@ DLKERNELS_INLINE UIntVec as_bits(Vec value) {
   return reinterpret_cast<UIntVec>(value);
 }
 
+// 0, 1, 2, ...
+DLKERNELS_INLINE IntVec lane_indices() {
+  IntVec indices;
+  for (int32_t i = 0; i < kVecSize; ++i) {
+    indices[i] = i;
+  }
+  return indices;
+}
+
 // ---- 16-bit conversions -------------------------------------------------
 
 DLKERNELS_INLINE Vec widen(ShortVec value, BFloat16) {
@@ -67,12 +77,12 @@ DLKERNELS_INLINE ShortVec narrow(Vec value, BFloat16) {
 #if defined(__AVX512F__)
 DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
   return reinterpret_cast<Vec>(
-      _mm512_cvtph_ps(reinterpret_cast<__m256i>(value)));
+      _mm512_maskz_cvtph_ps(0xFFFF, reinterpret_cast<__m256i>(value)));
 }
 
 DLKERNELS_INLINE ShortVec narrow(Vec value, Half) {
-  return reinterpret_cast<ShortVec>(_mm512_cvtps_ph(
-      reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+  return reinterpret_cast<ShortVec>(_mm512_maskz_cvtps_ph(
+      0xFFFF, reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif defined(__AVX2__)
 DLKERNELS_INLINE Vec widen(ShortVec value, Half) {
@@ -144,6 +154,10 @@ DLKERNELS_INLINE Vec load(const float* from, int64_t count) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec>(
       _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+#elif defined(__AVX2__)
+  const IntVec mask = lane_indices() < static_cast<int32_t>(count);
+  return reinterpret_cast<Vec>(
+      _mm256_maskload_ps(from, reinterpret_cast<__m256i>(mask)));
 #else
   Vec value{};
   for (int64_t i = 0; i < count; ++i) {
@@ -175,6 +189,10 @@ DLKERNELS_INLINE void store(float* to, Vec value, int64_t count) {
       to,
       static_cast<__mmask16>((1u << count) - 1),
       reinterpret_cast<__m512>(value));
+#elif defined(__AVX2__)
+  const IntVec mask = lane_indices() < static_cast<int32_t>(count);
+  _mm256_maskstore_ps(
+      to, reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256>(value));
 #else
   for (int64_t i = 0; i < count; ++i) {
     to[i] = value[i];
@@ -209,6 +227,15 @@ DLKERNELS_INLINE Vec load(const T* from, Full) {
 template <typename T>
 DLKERNELS_INLINE void store(T* to, Vec value, Full) {
   store(to, value);
+}
+
+// The lanes that a loop's tail has; the others become zero.
+DLKERNELS_INLINE Vec keep(Vec value, Full) {
+  return value;
+}
+
+DLKERNELS_INLINE Vec keep(Vec value, int64_t count) {
+  return lane_indices() < static_cast<int32_t>(count) ? value : Vec{};
 }
 
 // Calls body(i, lanes) for each vector of [0, size): lanes is Full{} but for
@@ -421,12 +448,31 @@ DLKERNELS_INLINE Quad sums_of(Vec a, Vec b, Vec c, Vec d) {
          __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
 
+// value * 2^n for integers n, which may lie outside the exponents of a float.
+DLKERNELS_INLINE Vec scale_by_power(Vec value, Vec n) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(
+      0xFFFF, reinterpret_cast<__m512>(value), reinterpret_cast<__m512>(n)));
+#else
+  const IntVec exponent = __builtin_convertvector(n, IntVec);
+  const IntVec half = exponent >> 1;
+  const Vec low = as_float(reinterpret_cast<UIntVec>((half + 127) << 23));
+  const Vec high =
+      as_float(reinterpret_cast<UIntVec>((exponent - half + 127) << 23));
+  return value * low * high;
+#endif
+}
+
 // e^x to about one unit in the last place; 0 below -103.97 (results under the
 // smallest normal number keep fewer digits), infinity above 88.72.
 DLKERNELS_INLINE Vec exp(Vec x) {
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
   constexpr float kRounder = 12582912.0f;
-  const Vec clamped = minimum(maximum(x, broadcast(-104.0f)), broadcast(89.0f));
+  // In this order of operands the hardware's own minimum and maximum keep NaN.
+  const Vec lower = broadcast(-104.0f);
+  const Vec upper = broadcast(89.0f);
+  Vec clamped = lower > x ? lower : x;
+  clamped = upper < clamped ? upper : clamped;
   const Vec shifted = clamped * 1.44269504088896341f + kRounder;
   const Vec n = shifted - kRounder;
   // ln 2 in two parts: n times the first is exact.
@@ -437,15 +483,7 @@ DLKERNELS_INLINE Vec exp(Vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const Vec mantissa = (p * r * r + r) + 1.0f;
-  // 2^n as two factors, since n may lie outside the exponents of a float.
-  const IntVec exponent = __builtin_convertvector(n, IntVec);
-  const IntVec half = exponent >> 1;
-  const Vec low = as_float(reinterpret_cast<UIntVec>((half + 127) << 23));
-  const Vec high =
-      as_float(reinterpret_cast<UIntVec>((exponent - half + 127) << 23));
-  const Vec result = mantissa * low * high;
-  return x == x ? result : x;
+  return scale_by_power((p * r * r + r) + 1.0f, n);
 }
 
 DLKERNELS_INLINE Vec sigmoid(Vec x) {

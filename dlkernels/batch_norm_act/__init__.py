@@ -1,0 +1,1 @@
+"""Batch norm, activation, residual sum and average pool in one pass."""

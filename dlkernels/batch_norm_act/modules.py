@@ -1,0 +1,128 @@
+"""``nn.BatchNormAct2d``, a drop-in for ``nn.BatchNorm2d`` and the activation after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlkernels.batch_norm_act.op import BatchNormActOutput, batch_norm_act
+from dlkernels.batch_norm_act.reference import ACTIVATIONS
+from dlkernels.checks import check_choice
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """Batch norm and activation (Ioffe and Szegedy 2015) in one fused op.
+
+    Parameters, buffers, state-dict keys and running statistics are those of ``nn.BatchNorm2d``. See
+    :func:`dlkernels.ops.batch_norm_act` for the formula and what is saved for backward.
+
+    Args:
+        num_features: C, the channels of the input.
+        eps: added to the variance.
+        momentum: weight of a new batch in the running statistics; None averages all batches.
+        affine: whether there are a weight and a bias.
+        track_running_stats: whether there are running statistics; without them, evaluation takes
+            the batch's too.
+        activation: a name that :func:`dlkernels.ops.batch_norm_act` knows.
+        negative_slope: of ``"leaky_relu"``.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_choice("activation", activation, ACTIVATIONS)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, sample_scale: Tensor | None = None
+    ) -> Tensor:
+        """Normalises and activates maps [N, C, H, W], scales samples, adds ``residual``."""
+        return self.apply_to(input, residual, sample_scale).out
+
+    def pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised and activated maps [N, C, H, W], and their mean over H and W [N, C]."""
+        result = self.apply_to(input, pool=True)
+        assert result.pooled is not None
+        return result.out, result.pooled
+
+    def apply_to(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        sample_scale: Tensor | None = None,
+        pool: bool = False,
+    ) -> BatchNormActOutput:
+        """Calls the op and, in training, updates the running statistics."""
+        mean, var = statistics_of(self)
+        result = batch_norm_act(
+            input,
+            self.weight,
+            self.bias,
+            mean,
+            var,
+            residual,
+            sample_scale,
+            eps=self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            pool=pool,
+        )
+        update_running_statistics(self, result.mean, result.var, values_per_channel(input))
+        return result
+
+    def extra_repr(self) -> str:
+        """The options, as ``print(module)`` shows them."""
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+def values_per_channel(maps: Tensor) -> int:
+    """N * H * W of maps [N, C, H, W]."""
+    return maps.shape[0] * maps.shape[2] * maps.shape[3]
+
+
+def statistics_of(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics if ``norm`` is to normalise with them, else None for the batch's."""
+    if norm.training or norm.running_mean is None:
+        return None, None
+    return norm.running_mean, norm.running_var
+
+
+@torch.no_grad()
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Updates running statistics in training, as ``nn.BatchNorm2d`` does.
+
+    Args:
+        norm: the module that holds them; nothing happens in evaluation or if it tracks none.
+        mean: of the batch, [C].
+        var: the biased variance of the batch, [C]; the running one is unbiased.
+        count: values per channel that both were computed from.
+    """
+    if not norm.training or norm.running_mean is None or norm.running_var is None:
+        return
+    factor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    dtype = norm.running_mean.dtype
+    norm.running_mean.lerp_(mean.to(dtype), factor)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), factor)

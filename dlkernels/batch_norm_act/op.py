@@ -1,0 +1,241 @@
+"""The op ``dlkernels::batch_norm_act``: public function, fake kernels, gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlkernels import backend
+from dlkernels.batch_norm_act import reference
+from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
+from dlkernels.memory_format import empty_maps
+
+_TRITON = None
+
+
+class BatchNormActOutput(NamedTuple):
+    """What :func:`batch_norm_act` returns.
+
+    Attributes:
+        out: maps [N, C, H, W].
+        pooled: mean of ``out`` over H and W, [N, C], or None if it was not asked for.
+        mean: the mean that each channel was normalised with, [C]; no gradient flows through it.
+        var: the biased variance likewise.
+    """
+
+    out: Tensor
+    pooled: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    residual: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    pool: bool = False,
+) -> BatchNormActOutput:
+    r"""Batch norm, activation, and optionally a residual sum or an average pool.
+
+    .. code-block:: text
+
+        norm   = (x - mean) / sqrt(var + eps) * weight + bias
+        out    = activation(norm) * sample_scale[n] + residual           [N, C, H, W]
+        pooled = mean of out over H and W                                [N, C]
+
+    Without ``mean`` and ``var`` the statistics are those of the batch, as in training; with them
+    they are constants, as in evaluation. Ioffe and Szegedy, "Batch Normalization" (2015),
+    algorithm 1; variances are computed from deviations in two passes (channels_last: per block of
+    pixels, blocks combined by the rule of Chan, Golub and LeVeque, 1979). ``sample_scale`` serves
+    stochastic depth: Huang et al. (2016), equation 2.
+
+    float32, bfloat16 and float16 run in the fused kernels with float32 accumulation, float64 in
+    the reference formula. Contiguous and channels_last maps are both read as they are; the result
+    has the memory format of ``x``. Autocast leaves the op's dtypes as they are.
+
+    Saved for backward: ``x``, ``mean``, ``var`` and, if given, ``weight``, ``bias`` and
+    ``sample_scale``; the activation is computed again ("memory-efficient Swish"). The running
+    statistics are left to the caller, which :class:`dlkernels.nn.BatchNormAct2d` is one of.
+
+    Args:
+        x: maps [N, C, H, W].
+        weight: [C], of float32 or the dtype of ``x``; None for ones.
+        bias: [C] likewise; None for zeros.
+        mean: [C] likewise, given together with ``var``; no gradient is computed for either.
+        var: [C] likewise.
+        residual: shape and dtype of ``x``, added after the activation, or None.
+        sample_scale: [N], factors of the samples, without gradient, or None.
+        eps: added to the variance.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``,
+            ``"hardswish"`` or ``"mish"``.
+        negative_slope: of ``"leaky_relu"``.
+        pool: whether to compute ``pooled``; not together with a residual.
+
+    Returns:
+        out, pooled, mean and var.
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is neither that of ``x`` nor float32.
+        ValueError: shapes do not fit, devices differ, a name is unknown, only one of ``mean`` and
+            ``var`` is given, batch statistics are to be taken of a single value per channel, or
+            ``pool`` meets a residual.
+    """
+    check_maps("x", x)
+    given = {"weight": weight, "bias": bias, "mean": mean, "var": var}
+    for name, value in given.items():
+        check_channel_values(name, value, x, x.shape[1])
+    if (mean is None) != (var is None):
+        raise ValueError("mean and var must be given both or neither")
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    if residual is not None:
+        check_like("residual", residual, "x", x)
+        check_shape("residual", residual, x.shape, "the shape of x")
+    if sample_scale is not None:
+        check_tensor("sample_scale", sample_scale)
+        check_shape("sample_scale", sample_scale, x.shape[:1], "one factor per sample")
+    if pool and residual is not None:
+        raise ValueError("pool must be False when a residual is added")
+    if mean is None:
+        check_batch(x)
+
+    options = (eps, activation, negative_slope, pool)
+    if backend.select("batch_norm_act", x) == "reference":
+        values = reference.batch_norm_act(
+            x, weight, bias, mean, var, residual, sample_scale, *options
+        )
+        return BatchNormActOutput(*values)
+    small = [as_float(value) for value in (weight, bias, mean, var)]
+    out, pooled, mean, var = _OP(x, *small, residual, as_float(sample_scale), *options)
+    return BatchNormActOutput(out, pooled.to(x.dtype) if pool else None, mean, var)
+
+
+def as_float(value: Tensor | None) -> Tensor | None:
+    """In float32, as the kernels take values of channels."""
+    return None if value is None else value.float()
+
+
+def check_channel_values(name: str, value: Any, x: Tensor, channels: int) -> None:
+    """``value`` is None, or [channels] of float32 or the dtype of ``x``, on its device.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it has another shape or device.
+    """
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{name} must be float32 or have the dtype of x, {x.dtype}, but is {value.dtype}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {value.device}")
+    check_shape(name, value, [channels], "one value per channel")
+
+
+def check_batch(x: Tensor) -> None:
+    """Batch statistics of ``x`` exist: there is more than one value per channel.
+
+    Raises:
+        ValueError: there is exactly one, as in ``nn.BatchNorm2d``.
+    """
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(
+            f"x must have more than one value per channel for batch statistics, but has shape "
+            f"{list(x.shape)}"
+        )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    sample_scale: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    samples, channels = x.shape[:2]
+    pooled = x.new_empty((samples if pool else 0, channels), dtype=torch.float32)
+    statistic = x.new_empty((channels,), dtype=torch.float32)
+    return empty_maps(x), pooled, statistic, torch.empty_like(statistic)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    sample_scale: Tensor | None,
+    batch_statistics: bool,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_maps(x), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, given_mean, _, _, sample_scale, *options, pool = inputs
+    _, _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, mean, var, sample_scale)
+    ctx.options = (given_mean is None, *options)
+    ctx.pool = pool
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_pooled: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_pooled is None:
+        return (None,) * 11
+    x, weight, bias, mean, var, sample_scale = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grads = (None, None, None)
+    if any(needs[:3]):
+        grads = _BACKWARD_OP(
+            torch.zeros_like(x) if grad_out is None else grad_out,
+            grad_pooled if ctx.pool else None,
+            *(x, weight, bias, mean, var, sample_scale),
+            *ctx.options,
+        )
+    wanted = (grad if need else None for grad, need in zip(grads, needs[:3], strict=True))
+    return *wanted, None, None, grad_out if needs[5] else None, *(None,) * 5
+
+
+_OP = backend.define(
+    "batch_norm_act",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? residual, "
+    "Tensor? sample_scale, float eps, str activation, float negative_slope, bool pool) "
+    "-> (Tensor out, Tensor pooled, Tensor mean, Tensor var)",
+    _fake,
+    _TRITON,
+)
+_BACKWARD_OP = backend.define(
+    "batch_norm_act_backward",
+    "(Tensor grad_out, Tensor? grad_pooled, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, Tensor? sample_scale, bool batch_statistics, float eps, str activation, "
+    "float negative_slope) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    _fake_backward,
+    _TRITON,
+)
+backend.register_autograd("batch_norm_act", _backward, _setup_context)
+backend.refuse_double_backward("batch_norm_act_backward")

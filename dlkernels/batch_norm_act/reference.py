@@ -1,0 +1,51 @@
+"""The formula of batch norm and what follows it, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+}
+
+
+def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The activation of that name; ``negative_slope`` is that of ``"leaky_relu"``."""
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, negative_slope)
+    return ACTIVATIONS[activation](x)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    sample_scale: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """See :func:`dlkernels.ops.batch_norm_act`; results are out, pooled, mean and var."""
+    norm = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, eps)
+    out = activate(norm, activation, negative_slope)
+    if sample_scale is not None:
+        out = out * sample_scale[:, None, None, None].to(x.dtype)
+    if residual is not None:
+        out = out + residual
+    if mean is None or var is None:
+        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+    return out, out.mean((2, 3)) if pool else None, mean, var
