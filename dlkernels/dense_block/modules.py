@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dlkernels.checks import check_choice
 from dlkernels.dense_block.op import MEMORY, NormConv, dense_block
+from dlkernels.dense_block.transition import transition
 
 
 class DenseLayer(nn.Module):
@@ -115,6 +116,44 @@ class DenseBlock(nn.ModuleDict):
         return f"memory={self.memory}"
 
 
+class Transition(nn.Module):
+    """The layer between two dense blocks, which halves height and width.
+
+    See :func:`dlkernels.ops.transition`. Arguments and state-dict keys are those of torchvision's
+    ``_Transition`` and timm's ``DenseTransition``.
+
+    Args:
+        num_input_features: channels of the input.
+        num_output_features: channels of the output.
+    """
+
+    def __init__(self, num_input_features: int, num_output_features: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_input_features)
+        self.conv = nn.Conv2d(num_input_features, num_output_features, 1, bias=False)
+
+    @classmethod
+    def from_layers(cls, norm: nn.BatchNorm2d, conv: nn.Conv2d) -> Transition:
+        """Builds the transition around a norm and a 1x1 convolution that exist."""
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.norm = norm
+        module.conv = conv
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
+        training = _uses_batch(self.norm)
+        momentum = _count_batch([self.norm], self.norm.momentum)
+        return transition(
+            x,
+            _norm_conv(self.norm, self.conv),
+            training=training,
+            momentum=momentum,
+            eps=self.norm.eps,
+        )
+
+
 def _pairs(layer: Any) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     pairs = [(layer.norm1, layer.conv1)]
     if hasattr(layer, "conv2"):
@@ -133,13 +172,11 @@ def _run(layers: Sequence[nn.Module], x: Tensor, memory: str) -> Tensor:
     ((drop_rate, drops),) = dropouts
     if drop_rate > 0 and drops != training:
         return _run_plain(layers, x)
-    if training:
-        momentum = _count_batch(norms, momentum)
     return dense_block(
         x,
         [[_norm_conv(norm, conv) for norm, conv in _pairs(layer)] for layer in layers],
         training=training,
-        momentum=momentum,
+        momentum=_count_batch(norms, momentum),
         eps=eps,
         dropout=drop_rate if training else 0.0,
         memory=memory,
@@ -160,7 +197,8 @@ def _norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> NormConv:
 
 def _count_batch(norms: Sequence[nn.BatchNorm2d], momentum: float | None) -> float:
     """Counts the batch, as nn.BatchNorm2d does, and returns the factor of its statistics."""
-    counters = [n.num_batches_tracked for n in norms if n.training and n.num_batches_tracked is not None]
+    counters = [norm.num_batches_tracked for norm in norms if norm.training]
+    counters = [counter for counter in counters if counter is not None]
     if counters:
         torch._foreach_add_(counters, 1)
     if momentum is not None:

@@ -102,7 +102,7 @@ def dense_block(
             f"{list(x.shape)}"
         )
 
-    x, stages = _cast(x, stages)
+    x, stages = cast_stages(x, stages)
     means = [] if training else [stage.running_mean for stage in stages]
     variances = [] if training else [stage.running_var for stage in stages]
     kept = _kept_by_dropout(x, layers, dropout) if training and dropout > 0 else None
@@ -149,16 +149,17 @@ def _check_layers(
             out = growth if last else first[0].weight.shape[0]
             kernel = 3 if last else 1
             name = f"layers[{number}][{place}]"
-            _check_stage(name, stage, x, [out, width, kernel, kernel], training)
+            check_stage(name, stage, x, [out, width, kernel, kernel], training)
             width = out
             stages.append(stage)
         channels += growth
     return stages
 
 
-def _check_stage(
+def check_stage(
     name: str, stage: NormConv, x: Tensor, shape: list[int], training: bool
 ) -> None:
+    """The tensors of a norm and its convolution fit each other and the maps ``x``."""
     check_like(f"{name}.weight", stage.weight, "x", x)
     check_shape(f"{name}.weight", stage.weight, shape, "[out, in, kernel, kernel]")
     for field in ("norm_weight", "norm_bias", "running_mean", "running_var"):
@@ -175,7 +176,7 @@ def _check_stage(
             )
 
 
-def _cast(x: Tensor, stages: list[NormConv]) -> tuple[Tensor, list[NormConv]]:
+def cast_stages(x: Tensor, stages: list[NormConv]) -> tuple[Tensor, list[NormConv]]:
     """Maps and convolutions in the autocast dtype, norms in the dtype that kernels compute in."""
     device = x.device.type
     dtype = x.dtype

@@ -63,3 +63,19 @@ def dense_block(
         torch.cat([mean for _, mean in statistics]).detach(),
         torch.cat([variance for variance, _ in statistics]).detach(),
     )
+
+
+def norm_relu_pool(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm, ReLU and 2x2 average pool, and the batch's statistics where none are given."""
+    out = F.avg_pool2d(norm_relu(x, norm_weight, norm_bias, mean, variance, eps), 2)
+    if mean is not None:
+        return out, x.new_empty(0), x.new_empty(0)
+    batch_variance, batch_mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+    return out, batch_mean, batch_variance

@@ -565,15 +565,14 @@ void block_moments(
   });
 }
 
-// Writes a block of results to the slice and gathers its moments as rounded.
-void finish(
+// Writes a block of results to the slice, and leaves them in the block as they
+// were rounded.
+void write_block(
     const Slice& out,
     const Tile& tile,
-    int64_t index,
     int64_t first,
     int64_t count,
-    float* block,
-    float* moments) {
+    float* block) {
   dispatch(out.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for_each_run(tile, false, [&](const Run& run) {
@@ -593,10 +592,22 @@ void finish(
           });
     });
   });
-  if (moments != nullptr) {
-    float* means = moments + index * 2 * out.count + first;
-    block_moments(tile, block, count, means, means + out.count);
+}
+
+// Mean and sum of squared deviations of each channel of a block.
+void keep_moments(
+    const Tile& tile,
+    const float* block,
+    int64_t index,
+    int64_t channels,
+    int64_t first,
+    int64_t count,
+    float* moments) {
+  if (moments == nullptr) {
+    return;
   }
+  float* means = moments + index * 2 * channels + first;
+  block_moments(tile, block, count, means, means + channels);
 }
 
 void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
@@ -634,7 +645,9 @@ void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
       const int64_t count = smaller(kBlock, args.out.count - out);
       float* block = results + out / kBlock * length * kPitch;
       apply_dropout(args.dropout, args.out.count, tile, false, block, out, count);
-      finish(args.out, tile, index, out, count, block, args.moments);
+      write_block(args.out, tile, out, count, block);
+      keep_moments(
+          tile, block, index, args.out.count, out, count, args.moments);
     }
   }
 }
@@ -763,7 +776,136 @@ void copy(const CopyArgs& args, float* scratch, int64_t begin, int64_t end) {
       const int64_t count = smaller(kBlock, args.out.count - first);
       load_gradient(
           args.in, args.values, args.correction, tile, first, count, scratch);
-      finish(args.out, tile, index, first, count, scratch, args.moments);
+      write_block(args.out, tile, first, count, scratch);
+      keep_moments(
+          tile, scratch, index, args.out.count, first, count, args.moments);
+    }
+  }
+}
+
+void moments(
+    const MomentsArgs& args, float* scratch, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_at(args.tiling, index);
+    for (int64_t first = 0; first < args.in.count; first += kBlock) {
+      const int64_t count = smaller(kBlock, args.in.count - first);
+      load_gradient(args.in, {}, {}, tile, first, count, scratch);
+      keep_moments(
+          tile, scratch, index, args.in.count, first, count, args.moments);
+    }
+  }
+}
+
+// ---- transition ---------------------------------------------------------
+
+// Rows [row, row + rows) of one sample, as a tile without halo.
+Tile rows_of(const Grid& grid, int64_t sample, int64_t row, int64_t rows) {
+  const int64_t first = (sample * grid.height + row) * grid.width;
+  return {{grid, 0, 0, 0, 0}, 0, first, rows * grid.width};
+}
+
+Grid pooled_grid(const Grid& grid) {
+  return {grid.samples, grid.height / 2, grid.width / 2};
+}
+
+void pool(const PoolArgs& args, float* scratch, int64_t begin, int64_t end) {
+  const Grid& grid = args.grid;
+  const Grid pooled = pooled_grid(grid);
+  float* results = scratch + 2 * grid.width * kPitch;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / pooled.height;
+    const int64_t row = item % pooled.height;
+    const Tile tile = rows_of(grid, sample, 2 * row, 2);
+    const Tile result_tile = rows_of(pooled, sample, row, 1);
+    for (int64_t first = 0; first < args.in.count; first += kBlock) {
+      const int64_t count = smaller(kBlock, args.in.count - first);
+      load_normalised(
+          args.in, args.norm, tile, first, count, scratch, nullptr);
+      for (int64_t i = 0; i < pooled.width; ++i) {
+        const float* upper = scratch + 2 * i * kPitch;
+        const float* lower = upper + grid.width * kPitch;
+        for (int64_t c = 0; c < count; c += kVecSize) {
+          const Vec total = (load(upper + c) + load(upper + kPitch + c)) +
+                            (load(lower + c) + load(lower + kPitch + c));
+          store(results + i * kPitch + c, total * 0.25f);
+        }
+      }
+      write_block(args.out, result_tile, first, count, results);
+    }
+  }
+}
+
+// Turns relu(norm(x)) of up to two rows into the gradient of norm(x).
+void pool_gradient(
+    int64_t width,
+    int64_t rows,
+    int64_t count,
+    const float* grad_out,
+    float* activated) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < width; ++i) {
+      float* at = activated + (row * width + i) * kPitch;
+      const bool dropped = rows < 2 || i / 2 >= width / 2;
+      for (int64_t c = 0; c < count; c += kVecSize) {
+        const Vec grad =
+            dropped ? Vec{} : load(grad_out + i / 2 * kPitch + c) * 0.25f;
+        store(at + c, load(at + c) <= 0.0f ? Vec{} : grad);
+      }
+    }
+  }
+}
+
+void pool_backward(
+    const PoolBackwardArgs& args,
+    float* sums,
+    float* scratch,
+    int64_t begin,
+    int64_t end) {
+  const Grid& grid = args.grid;
+  const Grid pooled = pooled_grid(grid);
+  const int64_t pairs = (grid.height + 1) / 2;
+  float* raw = scratch + 2 * grid.width * kPitch;
+  float* grad_out = scratch + 4 * grid.width * kPitch;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t sample = item / pairs;
+    const int64_t row = item % pairs;
+    const int64_t rows = smaller(2, grid.height - 2 * row);
+    const Tile tile = rows_of(grid, sample, 2 * row, rows);
+    for (int64_t first = 0; first < args.in.count; first += kBlock) {
+      const int64_t count = smaller(kBlock, args.in.count - first);
+      load_normalised(args.in, args.norm, tile, first, count, scratch, raw);
+      if (rows == 2) {
+        const Tile result_tile = rows_of(pooled, sample, row, 1);
+        load_gradient(
+            args.grad_out, {}, {}, result_tile, first, count, grad_out);
+      }
+      pool_gradient(grid.width, rows, count, grad_out, scratch);
+      for_each_vec(count, [&](int64_t c, auto lanes) {
+        const Vec mean = load(args.norm.mean + first + c, lanes);
+        const Vec scale = load(args.norm.scale + first + c, lanes);
+        Vec total{}, product{};
+        for (int64_t i = 0; i < tile.count; ++i) {
+          float* grad = scratch + i * kPitch + c;
+          const Vec x = load(raw + i * kPitch + c);
+          const Vec grad_z = load(grad);
+          total += grad_z;
+          product += grad_z * (x - mean);
+          Vec grad_x = grad_z * scale;
+          if (args.correction.mean != nullptr) {
+            grad_x += apply(args.correction, first + c, x, lanes);
+          }
+          store(grad, grad_x);
+        }
+        if (sums != nullptr) {
+          float* at = sums + first + c;
+          store(at, load(at, lanes) + total, lanes);
+          at += args.in.count;
+          store(at, load(at, lanes) + product, lanes);
+        }
+      });
+      if (args.grad_in.data != nullptr) {
+        write_block(args.grad_in, tile, first, count, scratch);
+      }
     }
   }
 }
@@ -776,6 +918,9 @@ extern const DenseBlockKernels dense_block_kernels = {
     conv,
     conv_backward,
     copy,
+    moments,
+    pool,
+    pool_backward,
 };
 
 }  // namespace DLKERNELS_CPU_CAPABILITY

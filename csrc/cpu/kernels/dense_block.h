@@ -108,6 +108,10 @@ static inline int64_t scratch_size(const Tiling& tiling, int64_t out) {
   return tile_length(tiling) * kPitch * (block_count(out) + 3);
 }
 
+static inline int64_t pool_scratch_size(const Grid& grid) {
+  return 5 * grid.width * kPitch;
+}
+
 static inline int64_t packed_size(int64_t kernel, int64_t in, int64_t out) {
   return kernel * kernel * in * padded_channels(out);
 }
@@ -176,6 +180,30 @@ struct CopyArgs {
   float* moments;  // as in ConvArgs, or null
 };
 
+struct MomentsArgs {
+  Tiling tiling;  // of kernel 1
+  Slice in;
+  float* moments;  // as in ConvArgs
+};
+
+// Batch norm, ReLU and 2x2 average pool with stride 2, which drops an odd last
+// row or column.
+struct PoolArgs {
+  Grid grid;  // of `in`; the results have half its height and width
+  Slice in;
+  Affine norm;
+  Slice out;
+};
+
+struct PoolBackwardArgs {
+  Grid grid;
+  Slice in;
+  Affine norm;
+  Slice grad_out;
+  Affine correction;  // mean is null where there is none
+  Slice grad_in;      // data is null where it is not wanted
+};
+
 struct DenseBlockKernels {
   // An item is a block of kBlock columns of the packed matrix.
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);
@@ -192,6 +220,19 @@ struct DenseBlockKernels {
       int64_t end);
   // out = in + correction(values). An item is a tile.
   void (*copy)(const CopyArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a tile.
+  void (*moments)(
+      const MomentsArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a row of results; pool_scratch_size floats of scratch memory.
+  void (*pool)(const PoolArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a pair of rows of `in`, or an odd last row. Adds to `sums`,
+  // [2, in.count], which are those of ConvGradients, unless null.
+  void (*pool_backward)(
+      const PoolBackwardArgs&,
+      float* sums,
+      float* scratch,
+      int64_t begin,
+      int64_t end);
 };
 
 DLKERNELS_DECLARE_CPU_KERNELS(DenseBlockKernels, dense_block_kernels)
