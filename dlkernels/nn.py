@@ -2,6 +2,7 @@
 
 from dlkernels.asff.modules import ASFF
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
+from dlkernels.dense_block.modules import DenseBlock, DenseLayer, Transition
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
-__all__ = ["ASFF", "BatchNormAct2d", "SqueezeExcite"]
+__all__ = ["ASFF", "BatchNormAct2d", "DenseBlock", "DenseLayer", "SqueezeExcite", "Transition"]

@@ -5,16 +5,21 @@ from dlkernels.atss.op import atss_assign
 from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
+from dlkernels.dense_block.op import NormConv, dense_block
+from dlkernels.dense_block.transition import transition
 from dlkernels.squeeze_excite.op import squeeze_excite
 
 __all__ = [
+    "NormConv",
     "asff_fuse",
     "atss_assign",
     "batch_norm_act",
     "box_iou_loss",
+    "dense_block",
     "fcos_assign",
     "max_iou_assign",
     "sigmoid_focal_loss",
     "squeeze_excite",
+    "transition",
     "yolo_assign",
 ]

@@ -1,0 +1,240 @@
+#pragma once
+
+#include "../../include/scalar_types.h"
+#include "../capability.h"
+
+// The passes of dense_block: batch norm + ReLU + convolution from one slice of
+// channels to another, 1x1 or 3x3, stride 1 and zero padding, forward and
+// backward.
+//
+// A pass works tile by tile. A tile is a stretch of pixels whose normalised
+// channels lie in scratch memory, pixel by pixel, so that the convolution is a
+// matrix product on memory that is in cache, whatever the layout of the maps.
+
+namespace dlkernels {
+
+// The pixels of a batch of maps.
+struct Grid {
+  int64_t samples;
+  int64_t height;
+  int64_t width;
+};
+
+// `count` channels, from `first` on, of maps [samples, channels, height, width]
+// or, when channels_last, [samples, height, width, channels].
+struct Slice {
+  void* data;
+  ScalarType dtype;
+  bool channels_last;
+  int64_t channels;
+  int64_t first;
+  int64_t count;
+};
+
+// z = (x - mean) * scale + shift, per channel.
+struct Affine {
+  const float* mean;
+  const float* scale;
+  const float* shift;
+};
+
+// Dropout multiplies a value by `scale` where `kept`, by zero elsewhere.
+struct Dropout {
+  const uint8_t* kept;  // [samples, height, width, count of the slice], or null
+  float scale;
+};
+
+// How a grid is cut into tiles: whole rows of one sample, with the neighbours
+// that a 3x3 kernel needs, or for a 1x1 kernel any stretch of pixels.
+struct Tiling {
+  Grid grid;
+  int64_t halo;   // 1 for 3x3, 0 for 1x1
+  int64_t size;   // rows per tile, or pixels where there is no halo
+  int64_t bands;  // tiles per sample where there is a halo
+  int64_t tiles;
+};
+
+static inline Tiling tiling_of(const Grid& grid, int64_t kernel) {
+  // Enough pixels to amortise the weights, few enough to stay in L2.
+  constexpr int64_t kPixels = 224;
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t total = grid.samples * grid.height * grid.width;
+  if (total == 0) {
+    return {grid, kernel / 2, 1, 0, 0};
+  }
+  if (kernel == 1) {
+    return {grid, 0, kPixels, 0, ceil_div(total, kPixels)};
+  }
+  const int64_t bands = ceil_div(grid.height * (grid.width + 1), 2 * kPixels);
+  const int64_t rows = ceil_div(grid.height, bands);
+  const int64_t used = ceil_div(grid.height, rows);
+  return {grid, 1, rows, used, used * grid.samples};
+}
+
+static inline int64_t pixels_of(const Tiling& tiling, int64_t tile) {
+  const Grid& grid = tiling.grid;
+  const bool rows = tiling.halo != 0;
+  const int64_t first = (rows ? tile % tiling.bands : tile) * tiling.size;
+  const int64_t extent =
+      rows ? grid.height : grid.samples * grid.height * grid.width;
+  const int64_t rest = extent - first;
+  const int64_t count = rest < tiling.size ? rest : tiling.size;
+  return rows ? count * grid.width : count;
+}
+
+// Tiles in scratch memory are cut into blocks of this many channels. The pitch
+// from pixel to pixel is one cache line longer, so that a channel's values in
+// successive pixels fall into different sets of the cache.
+constexpr int64_t kBlock = 128;
+constexpr int64_t kPitch = kBlock + 16;
+
+static inline int64_t block_count(int64_t channels) {
+  return (channels + kBlock - 1) / kBlock;
+}
+
+// Pixels of a tile in scratch memory, its halo included.
+static inline int64_t tile_length(const Tiling& tiling) {
+  return tiling.halo == 0
+             ? tiling.size
+             : (tiling.size + 2) * (tiling.grid.width + 1) + 1;
+}
+
+static inline int64_t padded_channels(int64_t channels) {
+  return (channels + 15) / 16 * 16;
+}
+
+// Floats of scratch memory for any pass from `in` to `out` channels.
+static inline int64_t scratch_size(const Tiling& tiling, int64_t out) {
+  return tile_length(tiling) * kPitch * (block_count(out) + 3);
+}
+
+static inline int64_t pool_scratch_size(const Grid& grid) {
+  return 5 * grid.width * kPitch;
+}
+
+static inline int64_t packed_size(int64_t kernel, int64_t in, int64_t out) {
+  return kernel * kernel * in * padded_channels(out);
+}
+
+struct PackArgs {
+  const void* weight;  // [out, in, kernel, kernel]
+  ScalarType dtype;
+  int64_t kernel;
+  int64_t in;
+  int64_t out;
+  // For the gradient of the input: the matrix from outputs to inputs.
+  bool transposed;
+  float* packed;  // packed_size of (in, out), or of (out, in) if transposed
+};
+
+struct UnpackArgs {
+  const float* partial;  // [threads, kernel * kernel, in, padded_channels(out)]
+  int64_t threads;
+  int64_t taps;
+  int64_t in;
+  int64_t out;
+  void* weight;  // [out, in, kernel, kernel]
+  ScalarType dtype;
+};
+
+struct ConvArgs {
+  Tiling tiling;
+  Slice in;
+  Affine norm;
+  const float* weight;  // packed
+  Slice out;
+  Dropout dropout;
+  float* moments;  // [tiles, 2, out.count]: mean and sum of squares about it
+};
+
+struct ConvBackwardArgs {
+  Tiling tiling;
+  Slice in;
+  Affine norm;
+  const float* weight;  // packed, transposed
+  // The gradient of `out` is grad_out plus what comes through the statistics
+  // of `out`, which `correction` applies to the values of `out`.
+  Slice grad_out;
+  Slice out;
+  Affine correction;  // mean is null where there is none
+  Dropout dropout;
+  // grad_in becomes grad_before, where that is given, plus this convolution's
+  // share, apart from what comes through the statistics of `in`.
+  Slice grad_before;  // data is null where there is none
+  float* grad_in;     // [samples, height, width, grad_in_channels]
+  int64_t grad_in_channels;
+};
+
+// What each thread sums over its tiles.
+struct ConvGradients {
+  float* weight;  // [kernel * kernel, in, padded_channels(out)]
+  float* sums;    // [2, in]: sum of grad_z and of grad_z * (x - mean)
+};
+
+struct CopyArgs {
+  Tiling tiling;  // of kernel 1
+  Slice in;
+  Slice values;
+  Affine correction;  // mean is null where there is none
+  Slice out;
+  float* moments;  // as in ConvArgs, or null
+};
+
+struct MomentsArgs {
+  Tiling tiling;  // of kernel 1
+  Slice in;
+  float* moments;  // as in ConvArgs
+};
+
+// Batch norm, ReLU and 2x2 average pool with stride 2, which drops an odd last
+// row or column.
+struct PoolArgs {
+  Grid grid;  // of `in`; the results have half its height and width
+  Slice in;
+  Affine norm;
+  Slice out;
+};
+
+struct PoolBackwardArgs {
+  Grid grid;
+  Slice in;
+  Affine norm;
+  Slice grad_out;
+  Affine correction;  // mean is null where there is none
+  Slice grad_in;      // data is null where it is not wanted
+};
+
+struct DenseBlockKernels {
+  // An item is a block of kBlock columns of the packed matrix.
+  void (*pack)(const PackArgs&, int64_t begin, int64_t end);
+  // weight = the sum of `partial` over threads. An item is an input channel.
+  void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end);
+  // out = dropout(convolution of relu(norm(in))). An item is a tile.
+  void (*conv)(const ConvArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a tile; adds to `gradients`.
+  void (*conv_backward)(
+      const ConvBackwardArgs&,
+      const ConvGradients& gradients,
+      float* scratch,
+      int64_t begin,
+      int64_t end);
+  // out = in + correction(values). An item is a tile.
+  void (*copy)(const CopyArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a tile.
+  void (*moments)(
+      const MomentsArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a row of results; pool_scratch_size floats of scratch memory.
+  void (*pool)(const PoolArgs&, float* scratch, int64_t begin, int64_t end);
+  // An item is a pair of rows of `in`, or an odd last row. Adds to `sums`,
+  // [2, in.count], which are those of ConvGradients, unless null.
+  void (*pool_backward)(
+      const PoolBackwardArgs&,
+      float* sums,
+      float* scratch,
+      int64_t begin,
+      int64_t end);
+};
+
+DLKERNELS_DECLARE_CPU_KERNELS(DenseBlockKernels, dense_block_kernels)
+
+}  // namespace dlkernels

@@ -1,0 +1,1 @@
+"""Dense blocks: layers that each add channels to one shared feature buffer."""
