@@ -108,8 +108,8 @@ def _why_no_compiled_parts() -> str:
         pass
     if (package.parent / "csrc").is_dir():
         return (
-            f"dlkernels is imported from its source tree {package.parent}, which is not built for this "
-            "Python; start Python elsewhere to use an installed dlkernels, or build here with "
+            f"dlkernels is imported from its source tree {package.parent}, which is not built for "
+            "this Python; start Python elsewhere to use an installed dlkernels, or build here with "
             "`python setup.py build_ext --inplace`"
         )
     return "this install holds no compiled parts for this Python"
