@@ -31,8 +31,8 @@ BLOCK_PIXELS = 256
 BUDGETS = {
     "nearest": {
         "softmax_kernel": Budget(registers=32, shared=1024),
-        "fuse_kernel": Budget(registers=72, shared=1024, wide=0.1),
-        "fuse_backward_kernel": Budget(registers=144, shared=2048, wide=0.1),
+        "fuse_kernel": Budget(registers=72, shared=1024, wide=0.09),
+        "fuse_backward_kernel": Budget(registers=144, shared=2048, wide=0.09),
         "softmax_backward_kernel": Budget(registers=40, shared=1024),
     },
     "bilinear": {
