@@ -23,16 +23,25 @@ from torch import Tensor
 from dlkernels.memory_format import empty_maps, finest, memory_format_of, new_maps, to_format_of
 from dlkernels.triton_support import Budget, alignment_of, launch
 
-TILE = 1024
+TILE = {"nearest": 1024, "bilinear": 512}
 SPAN = 64
 BLOCK_PIXELS = 256
 
+# By mode. The smaller levels of contiguous maps are read cell by cell, which is never wide.
 BUDGETS = {
-    "softmax_kernel": Budget(registers=48, shared=1024),
-    "fuse_kernel": Budget(registers=128, shared=4096),
-    "fuse_backward_kernel": Budget(registers=128, shared=8192),
-    "shrink_kernel": Budget(registers=128, shared=4096),
-    "softmax_backward_kernel": Budget(registers=64, shared=1024),
+    "nearest": {
+        "softmax_kernel": Budget(registers=32, shared=1024),
+        "fuse_kernel": Budget(registers=72, shared=1024, wide=0.09),
+        "fuse_backward_kernel": Budget(registers=144, shared=2048, wide=0.09),
+        "softmax_backward_kernel": Budget(registers=40, shared=1024),
+    },
+    "bilinear": {
+        "softmax_kernel": Budget(registers=32, shared=1024),
+        "fuse_kernel": Budget(registers=128, shared=1024),
+        "fuse_backward_kernel": Budget(registers=168, shared=2048),
+        "shrink_kernel": Budget(registers=80, shared=1024),
+        "softmax_backward_kernel": Budget(registers=40, shared=1024),
+    },
 }
 
 
@@ -44,7 +53,7 @@ def _tile(program, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """What is left of the program's number, and row and column of the tile's first pixel."""
     columns = tl.cdiv(width, BLOCK_W)
     tiles = columns * tl.cdiv(height, BLOCK_H)
-    tile = program % tiles
+    tile = (program % tiles).to(tl.int32)  # a plane has fewer than 2^31 pixels; maps may have more
     return program // tiles, tile // columns * BLOCK_H, tile % columns * BLOCK_W
 
 
@@ -145,13 +154,13 @@ def softmax_kernel(
     values = ()
     for level in tl.static_range(LEVELS):
         z = tl.load(base + level * stride_level, p < area, other=0).to(tl.float32)
-        values = (*values, z)
+        values = values + (z,)
         largest = tl.maximum(largest, z)
     total = tl.zeros((BLOCK,), tl.float32)
     exponentials = ()
     for level in tl.static_range(LEVELS):
         exponential = tl.exp(values[level] - largest)
-        exponentials = (*exponentials, exponential)
+        exponentials = exponentials + (exponential,)
         total += exponential
     for level in tl.static_range(LEVELS):
         row = weights + (sample * LEVELS + level) * area
@@ -184,8 +193,8 @@ def softmax_backward_kernel(
         for span in range(spans):
             row = dots + ((sample * spans + span) * LEVELS + level) * area
             total += tl.load(row + p, p < area, other=0)
-        factors = (*factors, weight)
-        totals = (*totals, total)
+        factors = factors + (weight,)
+        totals = totals + (total,)
         mean += weight * total
     for level in tl.static_range(LEVELS):
         grad = factors[level] * (totals[level] - mean)
@@ -202,7 +211,7 @@ def _weights_of(weights, sample, y, x, inside, height, width, LEVELS: tl.constex
     result = ()
     for level in tl.static_range(LEVELS):
         row = (sample * LEVELS + level) * height + y
-        result = (*result, tl.load(weights + row * width + x, inside, other=0))
+        result = result + (tl.load(weights + row * width + x, inside, other=0),)
     return result
 
 
@@ -225,9 +234,7 @@ def fuse_kernel(
 ):
     """Out = sum over levels of weights * enlarged feature, for a tile and a span of channels."""
     channels, width = _aligned(channels, width, CHANNELS_LAST, ALIGNMENT)
-    program, row, column = _tile(
-        tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W
-    )
+    program, row, column = _tile(tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W)
     spans = tl.cdiv(channels, SPAN)
     sample = program // spans
     p = tl.arange(0, BLOCK_H * BLOCK_W)
@@ -317,9 +324,7 @@ def fuse_backward_kernel(
     """
     channels, width = _aligned(channels, width, CHANNELS_LAST, ALIGNMENT)
     LEVELS: tl.constexpr = len(features)
-    program, row, column = _tile(
-        tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W
-    )
+    program, row, column = _tile(tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W)
     spans = tl.cdiv(channels, SPAN)
     sample = program // spans
     p = tl.arange(0, BLOCK_H * BLOCK_W)
@@ -329,7 +334,7 @@ def fuse_backward_kernel(
     factors = _weights_of(weights, sample, y, x, inside, height, width, LEVELS)
     sums = ()
     for _ in tl.static_range(LEVELS):
-        sums = (*sums, tl.zeros((BLOCK_C, BLOCK_H * BLOCK_W), tl.float32))
+        sums = sums + (tl.zeros((BLOCK_C, BLOCK_H * BLOCK_W), tl.float32),)
     first = program % spans * SPAN
     for begin in range(first, tl.minimum(first + SPAN, channels), BLOCK_C):
         c = begin + tl.arange(0, BLOCK_C)
@@ -352,7 +357,7 @@ def fuse_backward_kernel(
                 BILINEAR,
                 CHANNELS_LAST,
             )
-            next_sums = (*next_sums, sums[level] + grad * value)
+            next_sums = next_sums + (sums[level] + grad * value,)
             weighted = grad * factors[level][None, :]
             if FACTORS[level] == 1:
                 tl.store(grads[level] + offsets, weighted, mask)
@@ -440,7 +445,7 @@ class _Fusion:
         memory_format = memory_format_of(self.like)
         self.features = tuple(x.contiguous(memory_format=memory_format) for x in features)
         self.channels_last = memory_format == torch.channels_last
-        self.bilinear = mode == "bilinear"
+        self.mode = mode
         self.samples, self.levels, self.height, self.width = logits.shape
         self.channels = self.like.shape[1]
         self.factors = tuple(self.height // x.shape[2] for x in features)
@@ -458,8 +463,9 @@ class _Fusion:
         widest = 8 if self.channels_last else 64
         rows = max(cell, min(4, triton.next_power_of_2(self.height)))
         columns = max(cell, min(widest, triton.next_power_of_2(self.width)))
-        channels = min(SPAN, TILE // (rows * columns), triton.next_power_of_2(self.channels))
-        return {"BLOCK_C": max(1, channels), "BLOCK_H": rows, "BLOCK_W": columns}
+        channels = min(SPAN, TILE[self.mode] // (rows * columns))
+        channels = max(1, min(channels, triton.next_power_of_2(self.channels)))
+        return {"BLOCK_C": channels, "BLOCK_H": rows, "BLOCK_W": columns}
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -508,7 +514,7 @@ def asff_fuse(features: Sequence[Tensor], logits: Tensor, mode: str) -> Tensor:
         height,
         width,
         FACTORS=fusion.factors,
-        BILINEAR=fusion.bilinear,
+        BILINEAR=mode == "bilinear",
         **fusion.layout,
         **tile,
     )
@@ -537,11 +543,11 @@ def asff_fuse_backward(
         height,
         width,
         FACTORS=fusion.factors,
-        BILINEAR=fusion.bilinear,
+        BILINEAR=mode == "bilinear",
         **fusion.layout,
         **tile,
     )
-    if fusion.bilinear:
+    if mode == "bilinear":
         for level, (factor, grad) in enumerate(zip(fusion.factors, grads, strict=True)):
             if factor > 1:
                 _shrink(fusion, level, factor, grad_out, grad)

@@ -66,9 +66,9 @@ def test_nothing_to_fuse(shape):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", [(1, 64, 52, 52), (1, 128, 16, 64)], ids=["ASFF", "aligned"])
+@pytest.mark.parametrize("shape", [(1, 128, 52, 52), (1, 128, 16, 64)], ids=["ASFF", "aligned"])
 def test_traffic(memory_format, shape):
-    """At most 1.1 times what must move: every map and its gradient once, the logits twice.
+    """At most 1.1 times what must move: every input and every result once.
 
     Counted in sectors of 32 bytes: several lanes of one access read the same cell of a smaller
     level, whose bytes move once.
@@ -79,12 +79,11 @@ def test_traffic(memory_format, shape):
 
     with count_traffic() as forward:
         out = ops.asff_fuse(inputs[:-1], inputs[-1])
-    # The weights are written and read as logits are read.
-    floor = maps + out.nbytes + 3 * logits
-    assert floor <= forward.sectors <= 1.1 * floor
+    floor = maps + logits + out.nbytes
+    assert floor <= forward.sectors <= 1.1 * floor, forward.sectors / floor
 
     with count_traffic() as backward:
         out.backward(torch.randn_like(out))
-    floor = 2 * maps + out.nbytes + 7 * logits
-    assert floor <= backward.sectors <= 1.1 * floor
+    floor = 2 * (maps + logits) + out.nbytes
+    assert floor <= backward.sectors <= 1.1 * floor, backward.sectors / floor
     assert forward.atomics == backward.atomics == 0
