@@ -48,6 +48,13 @@ __device__ inline void write_vector(uint4* to, uint4 bits) {
   __stwb(to, bits);
 }
 
+// Raises the number to the value where it is smaller, atomically.
+__device__ inline void raise_to(uint64_t* number, uint64_t value) {
+  atomicMax(
+      reinterpret_cast<unsigned long long*>(number),
+      static_cast<unsigned long long>(value));
+}
+
 __device__ inline float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }

@@ -265,6 +265,10 @@ inline void write_vector(uint4* to, uint4 bits) {
   *to = bits;
 }
 
+inline void raise_to(uint64_t* number, uint64_t value) {
+  *number = std::max(*number, value);
+}
+
 inline float half_to_float(uint16_t bits) {
   return _cvtsh_ss(bits);
 }
