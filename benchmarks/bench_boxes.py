@@ -70,7 +70,10 @@ def test_sigmoid_focal_loss(benchmark, form, training):
 
 @pytest.mark.parametrize("low_quality", [False, True], ids=["thresholds", "low-quality"])
 def test_max_iou_assign(benchmark, low_quality):
-    """8 images of 800x1344 with 100 boxes each. The peer makes the matrix of all IoUs, an image at a time."""
+    """8 images of 800x1344 with 100 boxes each.
+
+    The peer makes the matrix of all IoUs, an image at a time.
+    """
     anchors = AnchorGrid.for_image((800, 1344)).boxes(DEVICE)
     corners = torch.rand(8, 100, 2, device=DEVICE) * torch.tensor([1200.0, 700], device=DEVICE)
     gt = torch.cat([corners, corners + 10 + 200 * torch.rand_like(corners)], -1)
