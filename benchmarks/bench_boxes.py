@@ -1,11 +1,13 @@
-"""The detection losses against torchvision's, eager and compiled, and a plain copy."""
+"""Losses and the max-IoU assigner against torchvision's, and a plain copy of their inputs."""
 
 import pytest
 import torch
 import torchvision.ops as vision
+from torchvision.models.detection._utils import Matcher
 
 from benchmarks.peers import DEVICE, compare
 from dlkernels import ops
+from dlkernels.boxes.anchors import AnchorGrid
 
 PAIRS = 100_000
 # The anchors of 8 images of 800x1344, and the classes of COCO.
@@ -63,4 +65,30 @@ def test_sigmoid_focal_loss(benchmark, form, training):
         inputs=(logits,),
         training=training,
         floor=logits.clone,
+    )
+
+
+@pytest.mark.parametrize("low_quality", [False, True], ids=["thresholds", "low-quality"])
+def test_max_iou_assign(benchmark, low_quality):
+    """8 images of 800x1344 with 100 boxes each.
+
+    The peer makes the matrix of all IoUs, an image at a time.
+    """
+    anchors = AnchorGrid.for_image((800, 1344)).boxes(DEVICE)
+    corners = torch.rand(8, 100, 2, device=DEVICE) * torch.tensor([1200.0, 700], device=DEVICE)
+    gt = torch.cat([corners, corners + 10 + 200 * torch.rand_like(corners)], -1)
+    matcher = Matcher(0.5, 0.4, low_quality)
+
+    def eager(anchors):
+        return torch.stack([matcher(vision.box_iou(own, anchors)) for own in gt])
+
+    compare(
+        benchmark,
+        functions={
+            "dlkernels": lambda x: ops.max_iou_assign(x, None, gt, low_quality=low_quality)[0],
+            "torchvision": eager,
+        },
+        inputs=(anchors,),
+        training=False,
+        floor=lambda: anchors.expand(8, -1, -1).contiguous(),
     )
