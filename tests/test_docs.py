@@ -23,10 +23,13 @@ def test_pages_build_without_warnings(tmp_path):
     assert all(name in modules for name in nn.__all__)
 
 
+FILE = re.compile(r"`((?:dlkernels|csrc|tests|tools|docs|benchmarks)/[\w./-]+)`")
+
+
 def test_readme_and_guides_name_files_that_exist():
     for page in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/install.md"):
         text = (ROOT / page).read_text()
-        for name in re.findall(r"`((?:dlkernels|csrc|tests|tools|docs|benchmarks)/[\w./-]+)`", text):
+        for name in FILE.findall(text):
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 

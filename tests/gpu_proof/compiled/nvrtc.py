@@ -1,7 +1,7 @@
 """CUDA 12's run-time compiler (NVRTC), which PyPI has where it has no nvcc for CUDA 12.
 
-It compiles device code alone. The host side of a kernel file (the launches) is taken for device code
-here, and what that needs of the C++ and CUDA headers for hosts is declared in STAND_INS.
+It compiles device code alone. The host side of a kernel file (the launches) is taken for device
+code here, and what that needs of the C++ and CUDA headers for hosts is declared in STAND_INS.
 """
 
 from __future__ import annotations

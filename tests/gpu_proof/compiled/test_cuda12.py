@@ -1,8 +1,7 @@
 """CUDA 12's own compiler takes the device code of every CUDA kernel: the cu126 and cu128 wheels."""
 
-import tomllib
-
 import pytest
+import tomllib
 
 from tests.gpu_proof.compiled.nvrtc import Nvrtc
 from tests.gpu_proof.compiled.test_cuda import SOURCES
