@@ -11,6 +11,7 @@ import importlib.util
 from pathlib import Path
 
 STAND_INS = """
+#define INFINITY __int_as_float(0x7F800000)
 typedef signed char int8_t;
 typedef unsigned char uint8_t;
 typedef short int16_t;
@@ -43,7 +44,7 @@ struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
 extern "C" int cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
 """
-EMPTY_HEADERS = ["cstdint", "cstring", "type_traits", "cuda_runtime.h", "cuda_runtime_api.h"]
+EMPTY_HEADERS = ["cmath", "cstdint", "cstring", "type_traits", "cuda_runtime.h", "cuda_runtime_api.h"]
 
 
 def _package(name: str) -> Path:
