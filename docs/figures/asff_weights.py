@@ -50,6 +50,7 @@ class Canvases:
 
 
 def block(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two convolutions, the first of which halves the size."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, 2, 1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -70,6 +71,7 @@ class Network(nn.Module):
         self.head = nn.Conv2d(32, BACKGROUND + 1, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of every pixel, and the fusion weights."""
         fine = self.stages[0](images)
         middle = self.stages[1](fine)
         coarse = self.stages[2](middle)
@@ -78,6 +80,7 @@ class Network(nn.Module):
 
 
 def train(network: Network, canvases: Canvases, steps: int) -> None:
+    """Trains with fresh canvases; the background counts less than the digits."""
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     balance = torch.tensor([1.0] * BACKGROUND + [0.1])
@@ -94,6 +97,7 @@ def train(network: Network, canvases: Canvases, steps: int) -> None:
 
 
 def draw(network: Network, canvases: Canvases, path: Path) -> None:
+    """One canvas and the weights of each level."""
     images, _ = canvases.draw(1)
     with torch.no_grad():
         weights = network.eval()(images)[1]
@@ -111,6 +115,7 @@ def draw(network: Network, canvases: Canvases, path: Path) -> None:
 
 
 def main() -> None:
+    """Trains, then draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("docs/asff-weights.png"))

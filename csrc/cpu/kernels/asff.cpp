@@ -1,22 +1,13 @@
 #include "asff.h"
 
+#include <type_traits>
+
 #include "../reduce.h"
 #include "../vec.h"
 
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
 namespace {
-
-template <typename T>
-struct PointeeOf;
-
-template <typename T>
-struct PointeeOf<T*> {
-  using Type = T;
-};
-
-template <typename Pointer>
-using Pointee = typename PointeeOf<Pointer>::Type;
 
 // ---- resizing -------------------------------------------------------------
 
@@ -630,7 +621,7 @@ void fuse_contiguous(
     int64_t begin,
     int64_t end) {
   dispatch(pyramid.dtype, [&](auto* tag) {
-    using T = Pointee<decltype(tag)>;
+    using T = std::remove_pointer_t<decltype(tag)>;
     const Planes<T> planes(pyramid, weights, scratch);
     with_levels(pyramid.num_levels, [&](auto levels) {
       planes.for_each_group(begin, end, [&](int64_t plane, auto count) {
@@ -655,7 +646,7 @@ void fuse_backward_contiguous(
   const int64_t step = (pyramid.channels + parts - 1) / parts;
   float* block_dots = scratch + scratch_of(pyramid).dots;
   dispatch(pyramid.dtype, [&](auto* tag) {
-    using T = Pointee<decltype(tag)>;
+    using T = std::remove_pointer_t<decltype(tag)>;
     const Planes<T> planes(pyramid, weights, scratch);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / parts * pyramid.channels;
@@ -868,7 +859,7 @@ void fuse_channels_last(
     int64_t begin,
     int64_t end) {
   dispatch(pyramid.dtype, [&](auto* tag) {
-    using T = Pointee<decltype(tag)>;
+    using T = std::remove_pointer_t<decltype(tag)>;
     for (int64_t item = begin; item < end; ++item) {
       const Pixels<T> pixels(pyramid, item / pyramid.height, weights);
       pixels.fuse_row(item % pyramid.height, static_cast<T*>(out));
@@ -885,7 +876,7 @@ void fuse_backward_channels_last(
     int64_t end) {
   const int64_t bands = pyramid.height / pyramid.coarsest;
   dispatch(pyramid.dtype, [&](auto* tag) {
-    using T = Pointee<decltype(tag)>;
+    using T = std::remove_pointer_t<decltype(tag)>;
     const T* grad = static_cast<const T*>(grad_out);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / bands;
