@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from dlkernels.dense_block.modules import DenseBlock
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
 ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
@@ -24,6 +25,15 @@ SQUEEZE_EXCITE = {
         "conv_expand",
         "gate",
     ),
+}
+# The dense blocks that are understood, and the type of their layers.
+DENSE_BLOCKS = {
+    "torchvision.models.densenet._DenseBlock": "torchvision.models.densenet._DenseLayer",
+    "timm.models.densenet.DenseBlock": "timm.models.densenet.DenseLayer",
+}
+BATCH_NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm2d",
+    "timm.layers.norm_act.BatchNormAct2d",
 }
 NOT_SUPPORTED = {
     "timm.layers.squeeze_excite.EffectiveSEModule": "it has one layer, not two",
@@ -61,7 +71,9 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replaces the squeeze-excite modules of a torchvision or timm model by fused ones, in place.
+    """Replaces the squeeze-excite modules and dense blocks of a torchvision or timm model, in place.
+
+    A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
 
     The new modules hold the very layers, and so the Parameter objects and state-dict keys, of the
     old ones: an optimizer that exists stays valid. What can't be proven equal is left.
@@ -78,15 +90,15 @@ def accelerate(model: nn.Module) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but is {type(model).__name__}")
     report = Report(model)
-    fused: dict[int, SqueezeExcite] = {}
+    fused: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         reason = _reason_to_leave(name, module)
         if reason is not None:
             report.left[name or "(the model itself)"] = reason
-        elif _type_name(module) in SQUEEZE_EXCITE:
+        elif _type_name(module) in FUSE:
             # A module that the model uses in two places stays one module.
             if id(module) not in fused:
-                fused[id(module)] = _fuse_squeeze_excite(module)
+                fused[id(module)] = FUSE[_type_name(module)](module)
             report.swapped[name] = module
             _replace(model, name, fused[id(module)])
     return report
@@ -105,21 +117,56 @@ def _reason_to_leave(name: str, module: nn.Module) -> str | None:
     kind = _type_name(module)
     if kind in NOT_SUPPORTED:
         return NOT_SUPPORTED[kind]
-    if kind not in SQUEEZE_EXCITE:
+    if kind not in FUSE:
         return None
     if not name:
-        return "it is the model itself; use dlkernels.nn.SqueezeExcite in its place"
-    return next((reason for reason in _differences(module) if reason is not None), None)
+        return f"it is the model itself; use {FUSED_NAMES[FUSE[kind]]} in its place"
+    find = _dense_differences if kind in DENSE_BLOCKS else _squeeze_excite_differences
+    reasons = (*_shared_differences(module), *find(module))
+    return next((reason for reason in reasons if reason is not None), None)
 
 
-def _differences(module: nn.Module) -> Iterator[str | None]:
-    """Reasons why a module of a known type differs from the formula."""
-    reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
+def _shared_differences(module: nn.Module) -> Iterator[str]:
     for child in module.modules():
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
             yield "it has hooks, which the fused module would not call"
         if hasattr(child, "parametrizations"):
             yield "its parameters are parametrized"
+
+
+def _dense_differences(block: nn.Module) -> Iterator[str]:
+    """Reasons why a dense block of a known type differs from the formula."""
+    for name, layer in block.named_children():
+        if _type_name(layer) != DENSE_BLOCKS[_type_name(block)]:
+            yield f"its {name} is {_type_name(layer)}"
+            continue
+        for norm in (layer.norm1, layer.norm2):
+            if _type_name(norm) not in BATCH_NORMS:
+                yield f"its {name} has norms of type {_type_name(norm)}"
+            elif not isinstance(getattr(norm, "act", nn.ReLU()), nn.ReLU):
+                yield f"its {name} has another activation than ReLU"
+            elif norm.weight is None:
+                yield f"its {name} has norms without weights"
+        for conv, kernel in ((layer.conv1, 1), (layer.conv2, 3)):
+            if not _is_plain_conv(conv, kernel):
+                yield f"its {name} has a convolution that is no plain {kernel}x{kernel} nn.Conv2d"
+
+
+def _is_plain_conv(conv: nn.Module, kernel: int) -> bool:
+    return (
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (kernel, kernel)
+        and conv.padding == (kernel // 2, kernel // 2)
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.bias is None
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _squeeze_excite_differences(module: nn.Module) -> Iterator[str | None]:
+    """Reasons why a module of a known type differs from the formula."""
+    reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
     if getattr(module, "add_maxpool", False):
         yield "it adds a max pool to the average"
     if not isinstance(getattr(module, "bn", nn.Identity()), nn.Identity):
@@ -161,3 +208,24 @@ def _fuse_squeeze_excite(module: nn.Module) -> SqueezeExcite:
         gate=GATES[type(gate).__name__],
     )
     return fused.train(module.training)
+
+
+def _fuse_dense_block(block: nn.Module) -> DenseBlock:
+    checkpoints = any(
+        getattr(layer, name, False)
+        for layer in block.children()
+        for name in ("memory_efficient", "grad_checkpointing")
+    )
+    memory = "minimal" if checkpoints else "balanced"
+    fused = DenseBlock.from_layers(dict(block.named_children()), memory=memory)
+    return fused.train(block.training)
+
+
+FUSE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **dict.fromkeys(SQUEEZE_EXCITE, _fuse_squeeze_excite),
+    **dict.fromkeys(DENSE_BLOCKS, _fuse_dense_block),
+}
+FUSED_NAMES = {
+    _fuse_squeeze_excite: "dlkernels.nn.SqueezeExcite",
+    _fuse_dense_block: "dlkernels.nn.DenseBlock",
+}

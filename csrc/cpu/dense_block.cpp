@@ -256,7 +256,7 @@ class Block {
       const Floats& moments,
       int64_t channels,
       int64_t first) const {
-    if (!moments.empty()) {
+    if (batch_statistics() && first >= 0) {
       merge_moments(
           tiling, moments.data(), channels, mean_ + first, variance_ + first);
     }

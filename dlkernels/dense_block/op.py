@@ -138,7 +138,8 @@ def _check_layers(
         raise ValueError("layers must hold at least one layer, each of one or two convolutions")
     channels, stages = x.shape[1], []
     first = layers[0]
-    check_tensor("layers[0][-1].weight", first[-1].weight)
+    for place, stage in enumerate(first):
+        check_tensor(f"layers[0][{place}].weight", stage.weight)
     growth = first[-1].weight.shape[0]
     for number, layer in enumerate(layers):
         if len(layer) != len(first):

@@ -1,5 +1,14 @@
 """Whole networks, composed of the library's modules."""
 
+from dlkernels.models.densenet import (
+    DenseNet,
+    densenet121,
+    densenet161,
+    densenet169,
+    densenet201,
+    densenet264,
+    densenet_cifar,
+)
 from dlkernels.models.senet import (
     SENet,
     senet154,
@@ -13,7 +22,14 @@ from dlkernels.models.senet import (
 )
 
 __all__ = [
+    "DenseNet",
     "SENet",
+    "densenet121",
+    "densenet161",
+    "densenet169",
+    "densenet201",
+    "densenet264",
+    "densenet_cifar",
     "senet154",
     "seresnet18",
     "seresnet34",

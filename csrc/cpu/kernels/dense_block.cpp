@@ -24,9 +24,10 @@ constexpr int kMaxRows = 4;
 #endif
 constexpr int64_t kPanel = 2 * kVecSize;
 
-// One operand of a product: element (row, k) stands at row * kPitch + k, or
-// when transposed at k * kPitch + row.
-// c[row, column] += sum_k a[row, k] * b[k * b_pitch + column]
+// c[row, column] (+)= sum_k a[row, k] * b[k * b_pitch + column], where element
+// (row, k) of a stands at row * kPitch + k, or when transposed at
+// k * kPitch + row. The sum over k is complete before it is added to c, so that
+// long sums are summed in blocks.
 template <int kRows, int kVecs, bool kTransposed>
 void multiply_rows(
     int64_t depth,
@@ -41,8 +42,7 @@ void multiply_rows(
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
-      total[row][v] =
-          accumulate ? load(c + row * c_pitch + v * kVecSize) : Vec{};
+      total[row][v] = Vec{};
     }
   }
 #pragma GCC unroll 1
@@ -67,7 +67,8 @@ void multiply_rows(
   for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
-      store(c + row * c_pitch + v * kVecSize, total[row][v]);
+      float* at = c + row * c_pitch + v * kVecSize;
+      store(at, accumulate ? load(at) + total[row][v] : total[row][v]);
     }
   }
 }
