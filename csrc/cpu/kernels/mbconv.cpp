@@ -1,0 +1,708 @@
+#include "mbconv.h"
+
+#include <type_traits>
+
+#include "../batch_norm_channel.h"
+#include "../depthwise.h"
+
+namespace dlkernels {
+namespace DLKERNELS_CPU_CAPABILITY {
+namespace {
+
+using Args = MbconvArgs;
+
+// The functions of depthwise.h for one size of kernel and one stride.
+struct Convolution {
+  decltype(&convolve_plane<3, 1>) plane;
+  decltype(&weight_gradient_of_rows<3, 1>) weight_gradient;
+  decltype(&input_gradient_of_rows<3, 1>) input_gradient;
+  decltype(&convolve_row_of_pixels<3, 1>) row_of_pixels;
+  decltype(&weight_gradient_of_pixels<3, 1>) weight_gradient_of_pixels;
+  decltype(&turn_taps_of_pixels<3, 1>) turn_taps;
+  decltype(&input_gradient_of_row<3, 1>) input_gradient_of_row;
+};
+
+template <int K, int S>
+Convolution convolution() {
+  return {
+      convolve_plane<K, S>,
+      weight_gradient_of_rows<K, S>,
+      input_gradient_of_rows<K, S>,
+      convolve_row_of_pixels<K, S>,
+      weight_gradient_of_pixels<K, S>,
+      turn_taps_of_pixels<K, S>,
+      input_gradient_of_row<K, S>};
+}
+
+Convolution convolution_of(const DepthwiseShape& shape) {
+  const bool strided = shape.stride == 2;
+  switch (shape.kernel) {
+    case 3:
+      return strided ? convolution<3, 2>() : convolution<3, 1>();
+    case 5:
+      return strided ? convolution<5, 2>() : convolution<5, 1>();
+    default:
+      return strided ? convolution<7, 2>() : convolution<7, 1>();
+  }
+}
+
+int64_t rows_read(const DepthwiseShape& shape) {
+  return (shape.out_height - 1) * shape.stride + shape.kernel;
+}
+
+int64_t columns_read(const DepthwiseShape& shape) {
+  return (shape.out_width - 1) * shape.stride + shape.kernel;
+}
+
+int64_t area_of(const DepthwiseShape& shape) {
+  return shape.height * shape.width;
+}
+
+int64_t out_area_of(const DepthwiseShape& shape) {
+  return shape.out_height * shape.out_width;
+}
+
+// Zeros around the outputs' gradient.
+int64_t gradient_margin(const DepthwiseShape& shape) {
+  return (shape.kernel - 1) / shape.stride + 1;
+}
+
+// Hands out scratch memory; from a null pointer it only counts.
+class Scratch {
+ public:
+  explicit Scratch(float* memory) : memory_(memory) {}
+
+  float* take(int64_t floats) {
+    float* taken = memory_ == nullptr ? nullptr : memory_ + taken_;
+    taken_ += round_up(floats, kSlack);
+    return taken;
+  }
+
+  int64_t taken() const {
+    return taken_;
+  }
+
+ private:
+  float* memory_;
+  int64_t taken_ = 0;
+};
+
+// ---- contiguous maps: the planes of a channel ---------------------------
+
+struct ChannelScratch {
+  Rows in;        // pre(x), padded
+  float* row;     // one padded row, before its columns are taken apart
+  float* out;     // one plane of outputs
+  Rows grad;      // of the outputs; data points to the first one
+  Rows residues;  // of the input's gradient, columns taken apart
+  float* grad_raw;  // of all samples
+  float* grad_in;
+  int64_t taken;
+
+  ChannelScratch(const DepthwiseShape& shape, Scratch scratch, bool backward) {
+    carve_forward(shape, scratch);
+    if (backward) {
+      carve_backward(shape, scratch);
+    }
+    taken = scratch.taken();
+  }
+
+ private:
+  void carve_forward(const DepthwiseShape& shape, Scratch& scratch) {
+    const int64_t half =
+        round_up(columns_read(shape) / 2 + 1, kSlack) + kSlack;
+    const int64_t stride =
+        shape.stride == 2 ? 2 * half
+                          : round_up(columns_read(shape), kSlack) + kSlack;
+    in = {scratch.take(rows_read(shape) * stride), stride, half};
+    row = scratch.take(
+        shape.pad_left + round_up(shape.width, kSlack) + 2 * half);
+    out = scratch.take(out_area_of(shape));
+  }
+
+  void carve_backward(const DepthwiseShape& shape, Scratch& scratch) {
+    const int64_t margin = gradient_margin(shape);
+    const int64_t grad_stride =
+        round_up(shape.out_width + 2 * margin + 1, kSlack) + kSlack;
+    float* first =
+        scratch.take((shape.out_height + 2 * margin + 1) * grad_stride);
+    grad = {first + margin * (grad_stride + 1), grad_stride, 0};
+
+    const int64_t residue_half = round_up(shape.width / 2 + 1, kSlack);
+    residues = {
+        scratch.take(shape.height * 2 * residue_half),
+        2 * residue_half,
+        residue_half};
+    grad_raw = scratch.take(shape.samples * out_area_of(shape));
+    grad_in = scratch.take(shape.samples * area_of(shape) + 2 * kSlack);
+  }
+};
+
+// Takes even and odd columns of the scratch row apart.
+DLKERNELS_INLINE void take_apart(
+    const float* row, const Rows& in, int64_t pairs, float* target) {
+  for (int64_t i = 0; i < pairs; i += kVecSize) {
+    const Halves columns =
+        deinterleave(load(row + 2 * i), load(row + 2 * i + kVecSize));
+    store(target + i, columns.first);
+    store(target + in.half + i, columns.second);
+  }
+}
+
+// Fills the padded plane with pre(x).
+template <typename T, typename Act>
+DLKERNELS_NOINLINE void fill_plane(
+    const Args& args,
+    const ChannelScratch& scratch,
+    const Act& act,
+    int64_t n,
+    int64_t c) {
+  const DepthwiseShape& shape = args.shape;
+  const T* x = static_cast<const T*>(args.pre.x) + plane_of(args.pre, n, c);
+  const ChannelNorm norm(args.pre, c);
+  const Rows& in = scratch.in;
+  const int64_t fitting = rows_read(shape) - shape.pad_top;
+  const int64_t height = fitting < shape.height ? fitting : shape.height;
+  const int64_t pairs = (columns_read(shape) + 1) / 2;
+  for (int64_t y = 0; y < height; ++y) {
+    float* target = in.data + (y + shape.pad_top) * in.stride;
+    float* row = shape.stride == 1 ? target : scratch.row;
+    const T* from = x + y * shape.width;
+    for_each_vec(shape.width, [&](int64_t i, auto lanes) {
+      const Vec value = act.value(norm(load(from + i, lanes)));
+      store(row + shape.pad_left + i, value, lanes);
+    });
+    if (shape.stride == 2) {
+      take_apart(row, in, pairs, target);
+    }
+  }
+}
+
+// The convolution's outputs of a channel of one sample, in scratch.out.
+template <typename T>
+void convolve_channel(
+    const Args& args,
+    const Convolution& convolution,
+    const ChannelScratch& scratch,
+    int64_t n,
+    int64_t c) {
+  const DepthwiseShape& shape = args.shape;
+  with_nonlinearity(
+      args.pre.activation, args.pre.negative_slope, [&](auto act) {
+        fill_plane<T>(args, scratch, act, n, c);
+      });
+  convolution.plane(
+      scratch.in,
+      args.weight + c * shape.kernel * shape.kernel,
+      shape.out_height,
+      shape.out_width,
+      scratch.out);
+}
+
+// post of the outputs in scratch.out.
+template <typename T, typename Act>
+DLKERNELS_NOINLINE void finish_plane(
+    const Args& args,
+    const ChannelScratch& scratch,
+    const Act& act,
+    int64_t n,
+    int64_t c) {
+  T* out = static_cast<T*>(args.post.out) + plane_of(args.post, n, c);
+  const ChannelNorm norm(args.post, c);
+  const float total = sum_of(args.post.area, [&](int64_t i, auto lanes) {
+    const Vec value = act.value(norm(load(scratch.out + i, lanes)));
+    store(out + i, value, lanes);
+    return keep(value, lanes);
+  });
+  if (args.post.pooled != nullptr) {
+    args.post.pooled[n * args.shape.channels + c] =
+        total / static_cast<float>(args.post.area);
+  }
+}
+
+void infer(const Args& args, float* memory, int64_t begin, int64_t end) {
+  const ChannelScratch scratch(args.shape, Scratch(memory), false);
+  const Convolution convolution = convolution_of(args.shape);
+  specialize(args.post, [&](auto* tag, const auto& act) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / args.shape.channels;
+      const int64_t c = item % args.shape.channels;
+      convolve_channel<T>(args, convolution, scratch, n, c);
+      finish_plane<T>(args, scratch, act, n, c);
+    }
+  });
+}
+
+void forward(const Args& args, float* memory, int64_t begin, int64_t end) {
+  const ChannelScratch scratch(args.shape, Scratch(memory), false);
+  const Convolution convolution = convolution_of(args.shape);
+  specialize(args.post, [&](auto* tag, const auto& act) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    T* raw = static_cast<T*>(args.raw);
+    for (int64_t c = begin; c < end; ++c) {
+      if (args.has_pre) {
+        settle_channel(args.pre, static_cast<const T*>(args.pre.x), c);
+      }
+      for (int64_t n = 0; n < args.shape.samples; ++n) {
+        convolve_channel<T>(args, convolution, scratch, n, c);
+        T* plane = raw + plane_of(args.post, n, c);
+        for_each_vec(args.post.area, [&](int64_t i, auto lanes) {
+          store(plane + i, load(scratch.out + i, lanes), lanes);
+        });
+      }
+      settle_channel(args.post, raw, c);
+      apply_to_channel(args.post, act, raw, c);
+    }
+  });
+}
+
+// scratch.grad_raw from the gradient of post's output.
+template <typename T, typename Act>
+DLKERNELS_NOINLINE void post_backward(
+    const Args& args,
+    const ChannelScratch& scratch,
+    const Act& act,
+    int64_t c) {
+  const BatchNormActArgs& post = args.post;
+  const T* grad_out = static_cast<const T*>(post.grad_out);
+  set_scale(post, c);
+  channel_backward(
+      post,
+      act,
+      static_cast<const T*>(args.raw),
+      c,
+      [&](int64_t n, int64_t i, auto lanes) {
+        return load(grad_out + plane_of(post, n, c) + i, lanes);
+      },
+      [&](int64_t n, int64_t i, Vec grad, auto lanes) {
+        store(scratch.grad_raw + n * post.area + i, grad, lanes);
+      });
+}
+
+// The input's gradient from scratch.grad_in, that of pre's output.
+template <typename T, typename Act>
+DLKERNELS_NOINLINE void pre_backward(
+    const Args& args,
+    const ChannelScratch& scratch,
+    const Act& act,
+    int64_t c) {
+  const BatchNormActArgs& pre = args.pre;
+  T* grad_x = static_cast<T*>(pre.grad_x);
+  const auto read = [&](int64_t n, int64_t i, auto lanes) {
+    return load(scratch.grad_in + n * pre.area + i, lanes);
+  };
+  const auto write = [&](int64_t n, int64_t i, Vec grad, auto lanes) {
+    store(grad_x + plane_of(pre, n, c) + i, grad, lanes);
+  };
+  if (args.has_pre) {
+    channel_backward(
+        pre, act, static_cast<const T*>(pre.x), c, read, write);
+    return;
+  }
+  for (int64_t n = 0; n < args.shape.samples; ++n) {
+    for_each_vec(pre.area, [&](int64_t i, auto lanes) {
+      write(n, i, read(n, i, lanes), lanes);
+    });
+  }
+}
+
+void pad_gradient(
+    const DepthwiseShape& shape, const ChannelScratch& scratch, int64_t n) {
+  const float* from = scratch.grad_raw + n * out_area_of(shape);
+  for (int64_t y = 0; y < shape.out_height; ++y) {
+    float* row = scratch.grad.data + y * scratch.grad.stride;
+    for_each_vec(shape.out_width, [&](int64_t x, auto lanes) {
+      store(row + x, load(from + y * shape.out_width + x, lanes), lanes);
+    });
+  }
+}
+
+template <typename T, typename Act>
+void convolve_channel_backward(
+    const Args& args,
+    const Convolution& convolution,
+    const ChannelScratch& scratch,
+    const Act& act,
+    int64_t c) {
+  const DepthwiseShape& shape = args.shape;
+  const int64_t taps = shape.kernel * shape.kernel;
+  double grad_weight[7 * 7] = {};
+  for (int64_t n = 0; n < shape.samples; ++n) {
+    fill_plane<T>(args, scratch, act, n, c);
+    pad_gradient(shape, scratch, n);
+    convolution.weight_gradient(
+        scratch.in,
+        scratch.grad,
+        shape.out_height,
+        shape.out_width,
+        grad_weight);
+    convolution.input_gradient(
+        shape,
+        scratch.grad,
+        scratch.residues,
+        args.weight + c * taps,
+        scratch.grad_in + n * area_of(shape));
+  }
+  for (int64_t k = 0; k < taps; ++k) {
+    args.grad_weight[c * taps + k] = static_cast<float>(grad_weight[k]);
+  }
+}
+
+void backward(const Args& args, float* memory, int64_t begin, int64_t end) {
+  const ChannelScratch scratch(args.shape, Scratch(memory), true);
+  const Convolution convolution = convolution_of(args.shape);
+  for (int64_t c = begin; c < end; ++c) {
+    specialize(args.post, [&](auto* tag, const auto& act) {
+      post_backward<std::remove_pointer_t<decltype(tag)>>(
+          args, scratch, act, c);
+    });
+    specialize(args.pre, [&](auto* tag, const auto& act) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      set_scale(args.pre, c);
+      convolve_channel_backward<T>(args, convolution, scratch, act, c);
+      pre_backward<T>(args, scratch, act, c);
+    });
+  }
+}
+
+// ---- channels_last maps: a group of channels of one sample --------------
+
+struct GroupScratch {
+  Pixels in;      // pre(x), padded
+  Pixels grad;    // of the outputs; data points to the first one
+  float* row;     // of outputs, or of the input's gradient
+  float* weight;  // [kernel * kernel, kGroup]
+  float* turned;  // the same, as the input's gradient needs them
+
+  int64_t taken;
+
+  GroupScratch(const DepthwiseShape& shape, Scratch scratch, bool backward) {
+    const int64_t stride = columns_read(shape) * kGroup;
+    in = {scratch.take(rows_read(shape) * stride), stride};
+    if (backward) {
+      const int64_t margin = gradient_margin(shape);
+      const int64_t grad_stride = (shape.out_width + 2 * margin + 1) * kGroup;
+      float* first =
+          scratch.take((shape.out_height + 2 * margin + 1) * grad_stride);
+      grad = {first + margin * (grad_stride + kGroup), grad_stride};
+    }
+    const int64_t longer =
+        shape.width < shape.out_width ? shape.out_width : shape.width;
+    row = scratch.take(longer * kGroup);
+    // Parts of a group read and turn kGroup channels from their own first one.
+    weight = scratch.take((shape.kernel * shape.kernel + 1) * kGroup);
+    turned = scratch.take((shape.kernel * shape.kernel + 1) * kGroup);
+    taken = scratch.taken();
+  }
+
+  // This scratch memory from a part of the pixels on.
+  GroupScratch from(int64_t part) const {
+    GroupScratch moved = *this;
+    moved.in.data += part;
+    moved.grad.data += part;
+    moved.row += part;
+    moved.weight += part;
+    moved.turned += part;
+    return moved;
+  }
+};
+
+struct Group {
+  int64_t sample;
+  int64_t channel;  // the first one
+};
+
+Group group_of(const DepthwiseShape& shape, int64_t item) {
+  const int64_t groups = (shape.channels + kGroup - 1) / kGroup;
+  return {item / groups, item % groups * kGroup};
+}
+
+// Calls body(part, lanes) for the vectors that make up the group's channels.
+template <typename Body>
+DLKERNELS_INLINE void for_each_part(
+    const DepthwiseShape& shape, const Group& group, const Body& body) {
+  const int64_t rest = shape.channels - group.channel;
+  for_each_vec(rest < kGroup ? rest : kGroup, body);
+}
+
+void load_weights(
+    const Args& args, const Group& group, const GroupScratch& scratch) {
+  const int64_t taps = args.shape.kernel * args.shape.kernel;
+  const int64_t rest = args.shape.channels - group.channel;
+  for (int64_t i = 0; i < kGroup && i < rest; ++i) {
+    for (int64_t k = 0; k < taps; ++k) {
+      scratch.weight[k * kGroup + i] =
+          args.weight[(group.channel + i) * taps + k];
+    }
+  }
+}
+
+// The norm of some channels of channels_last maps.
+template <typename Lanes>
+struct ChannelsNorm {
+  Vec mean;
+  Vec scale;
+  Vec bias;
+
+  DLKERNELS_MEMBER ChannelsNorm(
+      const BatchNormActArgs& args, int64_t c, Lanes lanes)
+      : mean(load(args.mean + c, lanes)),
+        scale(load(args.scale + c, lanes)),
+        bias(load(args.bias + c, lanes)) {}
+
+  DLKERNELS_MEMBER Vec operator()(Vec x) const {
+    return (x - mean) * scale + bias;
+  }
+};
+
+// The vector of channels from c on that a pass over a group works on.
+template <typename Lanes>
+struct Part {
+  int64_t sample;
+  int64_t c;
+  Lanes lanes;
+};
+
+// Fills the padded plane with pre(x).
+template <typename T, typename Act, typename Lanes>
+DLKERNELS_NOINLINE void fill_pixels(
+    const Args& args,
+    const GroupScratch& scratch,
+    const Act& act,
+    const Part<Lanes>& part) {
+  const DepthwiseShape& shape = args.shape;
+  const T* x = static_cast<const T*>(args.pre.x) +
+               part.sample * area_of(shape) * shape.channels + part.c;
+  const ChannelsNorm norm(args.pre, part.c, part.lanes);
+  const auto fitting = [](int64_t read, int64_t pad, int64_t extent) {
+    return read - pad < extent ? read - pad : extent;
+  };
+  const int64_t height =
+      fitting(rows_read(shape), shape.pad_top, shape.height);
+  const int64_t width =
+      fitting(columns_read(shape), shape.pad_left, shape.width);
+  for (int64_t y = 0; y < height; ++y) {
+    float* row = scratch.in.at(y + shape.pad_top, shape.pad_left);
+    const T* from = x + y * shape.width * shape.channels;
+    for (int64_t i = 0; i < width; ++i) {
+      const Vec value = norm(load(from + i * shape.channels, part.lanes));
+      store(row + i * kGroup, act.value(value));
+    }
+  }
+}
+
+// Writes post of each row of outputs, and its mean.
+template <typename T, typename Act, typename Lanes>
+DLKERNELS_NOINLINE void finish_pixels(
+    const Args& args,
+    const Convolution& convolution,
+    const GroupScratch& scratch,
+    const Act& act,
+    const Part<Lanes>& part) {
+  const DepthwiseShape& shape = args.shape;
+  const ChannelsNorm norm(args.post, part.c, part.lanes);
+  T* out = static_cast<T*>(args.post.out) +
+           part.sample * out_area_of(shape) * shape.channels + part.c;
+  Vec total{};
+  for (int64_t y = 0; y < shape.out_height; ++y) {
+    convolution.row_of_pixels(
+        scratch.in, scratch.weight, y, shape.out_width, scratch.row);
+    Vec row{};
+    for (int64_t x = 0; x < shape.out_width; ++x) {
+      const Vec value = act.value(norm(load(scratch.row + x * kGroup)));
+      store(out, value, part.lanes);
+      out += shape.channels;
+      row += value;
+    }
+    total += row;
+  }
+  if (args.post.pooled != nullptr) {
+    store(
+        args.post.pooled + part.sample * shape.channels + part.c,
+        total / static_cast<float>(args.post.area),
+        part.lanes);
+  }
+}
+
+// Calls body(scratch, typed null pointer, part) for the parts of a group, of
+// which pre(x) and the weights have been put in place.
+template <typename Body>
+DLKERNELS_INLINE void for_each_filled_part(
+    const Args& args,
+    const GroupScratch& whole,
+    const Group& group,
+    const Body& body) {
+  load_weights(args, group, whole);
+  for_each_part(args.shape, group, [&](int64_t first, auto lanes) {
+    const GroupScratch scratch = whole.from(first);
+    const Part<decltype(lanes)> part{
+        group.sample, group.channel + first, lanes};
+    specialize(args.pre, [&](auto* tag, const auto& act) {
+      fill_pixels<std::remove_pointer_t<decltype(tag)>>(
+          args, scratch, act, part);
+    });
+    body(first, scratch, part);
+  });
+}
+
+void infer_last(const Args& args, float* memory, int64_t begin, int64_t end) {
+  const GroupScratch scratch(args.shape, Scratch(memory), false);
+  const Convolution convolution = convolution_of(args.shape);
+  for (int64_t item = begin; item < end; ++item) {
+    for_each_filled_part(
+        args,
+        scratch,
+        group_of(args.shape, item),
+        [&](int64_t, const GroupScratch& filled, const auto& part) {
+          specialize(args.post, [&](auto* tag, const auto& act) {
+            finish_pixels<std::remove_pointer_t<decltype(tag)>>(
+                args, convolution, filled, act, part);
+          });
+        });
+  }
+}
+
+template <typename T, typename Lanes>
+DLKERNELS_INLINE void store_row(
+    const float* row,
+    int64_t width,
+    int64_t channels,
+    T* out,
+    Lanes lanes) {
+  for (int64_t x = 0; x < width; ++x) {
+    store(out + x * channels, load(row + x * kGroup), lanes);
+  }
+}
+
+void convolve_last(
+    const Args& args, float* memory, int64_t begin, int64_t end) {
+  const DepthwiseShape& shape = args.shape;
+  const GroupScratch scratch(shape, Scratch(memory), false);
+  const Convolution convolution = convolution_of(shape);
+  const auto convolve = [&](int64_t,
+                            const GroupScratch& filled,
+                            const auto& part) {
+    dispatch(shape.dtype, [&](auto* tag) {
+      auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
+      for (int64_t y = 0; y < shape.out_height; ++y) {
+        convolution.row_of_pixels(
+            filled.in, filled.weight, y, shape.out_width, filled.row);
+        const int64_t pixel =
+            (part.sample * shape.out_height + y) * shape.out_width;
+        store_row(
+            filled.row,
+            shape.out_width,
+            shape.channels,
+            raw + pixel * shape.channels,
+            part.lanes);
+      }
+    });
+  };
+  for (int64_t item = begin; item < end; ++item) {
+    for_each_filled_part(args, scratch, group_of(shape, item), convolve);
+  }
+}
+
+// The gradient of raw, padded with zeros.
+template <typename T, typename Act, typename Lanes>
+DLKERNELS_NOINLINE void fill_gradient(
+    const Args& args,
+    const GroupScratch& scratch,
+    const Act& act,
+    const Part<Lanes>& part) {
+  const DepthwiseShape& shape = args.shape;
+  const BatchNormActArgs& post = args.post;
+  const int64_t first =
+      part.sample * out_area_of(shape) * shape.channels + part.c;
+  const T* raw = static_cast<const T*>(args.raw) + first;
+  const T* grad_out = static_cast<const T*>(post.grad_out) + first;
+  const ChannelsNorm norm(post, part.c, part.lanes);
+  const Vec shift = load(post.partial + part.c, part.lanes);
+  const Vec slope = load(post.partial + shape.channels + part.c, part.lanes);
+  Vec pooled{};
+  if (post.grad_pooled != nullptr) {
+    const float* of = post.grad_pooled + part.sample * shape.channels + part.c;
+    pooled = load(of, part.lanes) / static_cast<float>(post.area);
+  }
+  for (int64_t y = 0; y < shape.out_height; ++y) {
+    float* row = scratch.grad.at(y, 0);
+    for (int64_t x = 0; x < shape.out_width; ++x) {
+      const int64_t i = (y * shape.out_width + x) * shape.channels;
+      const Vec value = load(raw + i, part.lanes);
+      const Vec grad =
+          (load(grad_out + i, part.lanes) + pooled) * act.slope(norm(value));
+      const Vec deviation = value - norm.mean;
+      store(
+          row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
+    }
+  }
+}
+
+void convolve_last_backward(
+    const Args& args, float* memory, int64_t begin, int64_t end) {
+  const DepthwiseShape& shape = args.shape;
+  const GroupScratch scratch(shape, Scratch(memory), true);
+  const Convolution convolution = convolution_of(shape);
+  const int64_t weights = shape.kernel * shape.kernel * kGroup;
+  for (int64_t item = begin; item < end; ++item) {
+    float* grad_weight = args.grad_weight + item * weights;
+    for (int64_t i = 0; i < weights; ++i) {
+      grad_weight[i] = 0.0f;
+    }
+    for_each_filled_part(
+        args,
+        scratch,
+        group_of(shape, item),
+        [&](int64_t first, const GroupScratch& filled, const auto& part) {
+          specialize(args.post, [&](auto* tag, const auto& act) {
+            fill_gradient<std::remove_pointer_t<decltype(tag)>>(
+                args, filled, act, part);
+          });
+          convolution.weight_gradient_of_pixels(
+              filled.in,
+              filled.grad,
+              shape.out_height,
+              shape.out_width,
+              grad_weight + first);
+          convolution.turn_taps(filled.weight, filled.turned);
+          dispatch(shape.dtype, [&](auto* tag) {
+            auto* grad_x = static_cast<decltype(tag)>(args.pre.grad_x);
+            for (int64_t y = 0; y < shape.height; ++y) {
+              convolution.input_gradient_of_row(
+                  shape, filled.grad, filled.turned, y, filled.row);
+              const int64_t pixel =
+                  (part.sample * shape.height + y) * shape.width;
+              store_row(
+                  filled.row,
+                  shape.width,
+                  shape.channels,
+                  grad_x + pixel * shape.channels + part.c,
+                  part.lanes);
+            }
+          });
+        });
+  }
+}
+
+int64_t scratch_floats(
+    const DepthwiseShape& shape, bool channels_last, bool backward) {
+  const Scratch counter(nullptr);
+  return channels_last ? GroupScratch(shape, counter, backward).taken
+                       : ChannelScratch(shape, counter, backward).taken;
+}
+
+}  // namespace
+
+extern const MbconvKernels mbconv_kernels = {
+    scratch_floats,
+    infer,
+    infer_last,
+    forward,
+    backward,
+    convolve_last,
+    convolve_last_backward,
+};
+
+}  // namespace DLKERNELS_CPU_CAPABILITY
+}  // namespace dlkernels

@@ -1,0 +1,1 @@
+"""The inverted residual block: depthwise convolution between batch norms, and its projection."""

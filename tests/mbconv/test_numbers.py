@@ -1,0 +1,119 @@
+"""Outputs and gradients against the float64 formula."""
+
+import pytest
+import torch
+
+from dlkernels import ops
+from tests.mbconv.cases import CASES, NAMES, as_leaves, make_leaves, norms_of
+from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error
+
+
+def run(leaves, grads, stride, padding, evaluation, input_norm=True, activation="silu"):
+    norm, before = norms_of(leaves, evaluation, input_norm, activation)
+    result = ops.depthwise_conv_bn_act(
+        *leaves[:2], norm, before, stride=stride, padding=padding, pool=True
+    )
+    outputs = [result.out, result.pooled]
+    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+    return result, [leaf.grad for leaf in leaves[:6]]
+
+
+def grads_like(leaves, stride, padding, dtype):
+    norm, _ = norms_of(leaves, True)
+    with torch.no_grad():
+        result = ops.depthwise_conv_bn_act(
+            *leaves[:2], norm, stride=stride, padding=padding, pool=True
+        )
+    return [torch.randn(t.shape).to(dtype) for t in (result.out, result.pooled)]
+
+
+@pytest.mark.parametrize("input_norm", [False, True], ids=["plain input", "input norm"])
+@pytest.mark.parametrize("evaluation", [False, True], ids=["training", "evaluation"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_norm):
+    shape, size, stride, padding = case
+    tensors = make_leaves(shape, size, dtype, memory_format)
+    grads = grads_like(as_leaves(tensors, double=True), stride, padding, dtype)
+    ours, our_grads = run(as_leaves(tensors), grads, stride, padding, evaluation, input_norm)
+    theirs, their_grads = run(
+        as_leaves(tensors, double=True), grads, stride, padding, evaluation, input_norm
+    )
+    assert ours.out.dtype == dtype
+    assert ours.out.is_contiguous(memory_format=memory_format)
+    length = shape[0] * shape[2] * shape[3]
+    for name, a, b in zip(ours._fields, ours, theirs, strict=True):
+        if b is not None:
+            assert_exact(name, a, b, length)
+    for name, a, b in zip(NAMES, our_grads, their_grads, strict=True):
+        if b is not None:
+            assert_exact(f"gradient of {name}", a, b, length)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu", "hardswish", "mish"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference(dtype, memory_format, activation):
+    """Without gradients and with given statistics the raw output is never stored."""
+    for shape, size, stride, padding in CASES.values():
+        tensors = make_leaves(shape, size, dtype, memory_format)
+        results = []
+        for leaves in (tensors, [t.double() for t in tensors]):
+            norm, before = norms_of(leaves, True, activation=activation)
+            results.append(
+                ops.depthwise_conv_bn_act(
+                    *leaves[:2], norm, before, stride=stride, padding=padding, pool=True
+                )
+            )
+        ours, theirs = results
+        assert ours.raw is None
+        assert ours.out.is_contiguous(memory_format=memory_format)
+        assert_exact("out", ours.out, theirs.out, shape[2] * shape[3])
+        assert_exact("pooled", ours.pooled, theirs.pooled, shape[2] * shape[3])
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_propagate(value, memory_format):
+    tensors = make_leaves((2, 18, 9, 9), 3, torch.float32, memory_format)
+    tensors[0][1, 3, 2, 2] = value
+    norm, before = norms_of(tensors, True, activation="relu")
+    ours = ops.depthwise_conv_bn_act(*tensors[:2], norm, before, stride=2, padding=1).out
+    norm, before = norms_of([t.double() for t in tensors], True, activation="relu")
+    x, weight = tensors[0].double(), tensors[1].double()
+    wanted = ops.depthwise_conv_bn_act(x, weight, norm, before, stride=2, padding=1).out
+    assert torch.equal(ours.isnan(), wanted.isnan())
+    assert torch.equal(ours.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_same_bits_every_time(memory_format):
+    tensors = make_leaves((3, 50, 15, 13), 5, torch.float32, memory_format)
+    grads = grads_like(tensors, 2, 2, torch.float32)
+    first, first_grads = run(as_leaves(tensors), grads, 2, 2, False)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        again, again_grads = run(as_leaves(tensors), grads, 2, 2, False)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first_grads, again_grads, strict=True))
+
+
+def test_other_strides():
+    tensors = make_leaves((3, 12, 8, 6), 3, torch.float32, torch.contiguous_format)
+    norm, before = norms_of(tensors, True)
+    for view in (tensors[0].transpose(2, 3), tensors[0][:, :, 1:-1], tensors[0].flip(3)):
+        out = ops.depthwise_conv_bn_act(view, tensors[1], norm, before, padding=1).out
+        copy = ops.depthwise_conv_bn_act(view.contiguous(), tensors[1], norm, before, padding=1)
+        assert relative_error(out, copy.out) < 1e-6
+
+
+def test_gradcheck_of_float64():
+    tensors = make_leaves((2, 3, 5, 5), 3, torch.float32, torch.contiguous_format)
+    leaves = as_leaves(tensors, double=True)
+
+    def function(*leaves):
+        norm, before = norms_of(leaves, False)
+        return ops.depthwise_conv_bn_act(*leaves[:2], norm, before, stride=2, padding=1).out
+
+    assert torch.autograd.gradcheck(function, leaves)

@@ -1,0 +1,89 @@
+"""What PyTorch needs of the op, and bad input."""
+
+import pytest
+import torch
+
+from dlkernels import ops
+from dlkernels.mbconv.op import Norm
+from tests.mbconv.cases import as_leaves, make_leaves, norms_of
+from tests.numbers import FORMATS, relative_error
+
+OP = torch.ops.dlkernels.depthwise_conv_bn_act.default
+
+
+def arguments(tensors, evaluation, pool, keep_raw):
+    norm, before = norms_of(tensors, evaluation)
+    return (*tensors[:2], *norm, True, *before, 2, [1, 1, 1, 1], pool, keep_raw)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("evaluation", [False, True], ids=["training", "evaluation"])
+def test_opcheck(memory_format, evaluation):
+    tensors = make_leaves((2, 18, 6, 5), 3, torch.float32, memory_format)
+    torch.library.opcheck(OP, arguments(as_leaves(tensors), evaluation, evaluation, True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_opcheck_of_inference(memory_format):
+    tensors = make_leaves((2, 18, 6, 5), 3, torch.float32, memory_format)
+    torch.library.opcheck(OP, arguments(tensors, True, True, False))
+
+
+def test_compile_without_graph_breaks():
+    tensors = make_leaves((2, 18, 6, 5), 3, torch.float32, torch.contiguous_format)
+
+    def function(*leaves):
+        norm, before = norms_of(leaves, False)
+        return ops.depthwise_conv_bn_act(*leaves[:2], norm, before, padding=1).out * 2
+
+    ours, compiled = as_leaves(tensors), as_leaves(tensors)
+    expected = function(*ours)
+    actual = torch.compile(function, fullgraph=True)(*compiled)
+    expected.sum().backward()
+    actual.sum().backward()
+    assert torch.equal(actual, expected)
+    for a, b in zip(ours[:6], compiled[:6], strict=True):
+        assert relative_error(b.grad, a.grad) < 1e-6
+
+
+def test_saved_for_backward():
+    """The input and the raw output; the rest is of the size of the channels."""
+    leaves = as_leaves(make_leaves((2, 16, 6, 5), 3, torch.float32, torch.contiguous_format))
+    saved = []
+    norm, before = norms_of(leaves, False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.depthwise_conv_bn_act(*leaves[:2], norm, before, padding=1)
+    assert sorted(t.numel() for t in saved) == [16] * 8 + [16 * 9] + [2 * 16 * 6 * 5] * 2
+
+
+def bad(**changes):
+    values = {
+        "x": torch.randn(2, 8, 6, 6),
+        "weight": torch.randn(8, 1, 3, 3),
+        "norm": Norm(),
+        "input_norm": None,
+        **changes,
+    }
+    return ops.depthwise_conv_bn_act(**values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.randn(8, 6, 6)}, ValueError, r"x must have shape \[N, C, H, W\]"),
+        ({"weight": torch.randn(4, 2, 3, 3)}, ValueError, r"groups equal.*\[4, 2, 3, 3\]"),
+        ({"weight": torch.randn(8, 1, 4, 4)}, ValueError, r"K = 3, 5 or 7.*\[8, 1, 4, 4\]"),
+        ({"weight": torch.randn(8, 1, 7, 7)}, ValueError, "must not be larger than the padded"),
+        ({"weight": torch.randn(8, 1, 3, 3).half()}, TypeError, "weight must be float32"),
+        ({"stride": 3}, ValueError, "stride must be 1 or 2, but is 3"),
+        ({"padding": 3}, ValueError, "each from 0 to 2"),
+        ({"padding": (1, 1)}, ValueError, "one number or four"),
+        ({"norm": Norm(mean=torch.ones(8))}, ValueError, "norm.mean and norm.var must be given"),
+        ({"norm": Norm(torch.ones(7))}, ValueError, r"norm.weight must have shape \[8\].*\[7\]"),
+        ({"norm": Norm(activation="tanh")}, ValueError, "norm.activation must be one of"),
+        ({"x": torch.randn(1, 8, 3, 3)}, ValueError, "more than one output per channel"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        bad(**changes)
