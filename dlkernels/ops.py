@@ -7,8 +7,6 @@ from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.dense_block.op import NormConv, dense_block
 from dlkernels.dense_block.transition import transition
-from dlkernels.squeeze_excite.op import squeeze_excite
-
 from dlkernels.mbconv.op import Norm, depthwise_conv_bn_act
 from dlkernels.squeeze_excite.op import squeeze_excite
 
