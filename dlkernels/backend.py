@@ -149,6 +149,8 @@ def _find_triton() -> str | None:
 
 info = _load_info()
 
+_NO_DEVICE = "built, but no CUDA device was found"
+
 _missing: dict[str, str | None] = {
     "cpp": _load_cpu(),
     "cuda": _load_cuda(),
@@ -156,7 +158,7 @@ _missing: dict[str, str | None] = {
     "reference": None,
 }
 if _missing["cuda"] is None and not torch.cuda.is_available():
-    _missing["cuda"] = "built, but no CUDA device was found"
+    _missing["cuda"] = _NO_DEVICE
 
 
 # ---- choosing -----------------------------------------------------------------------------------
@@ -296,10 +298,13 @@ def _missing_kernels(name: str, triton_module: str | None) -> dict[str, str | No
         "triton": triton_module is not None,
         "reference": True,
     }
-    return {
-        backend: _missing[backend] or (None if has else "the op has no such kernel")
-        for backend, has in has_kernel.items()
-    }
+    def reason(backend: str) -> str | None:
+        is_known = _missing[backend] in (None, _NO_DEVICE) or backend == "triton"
+        if is_known and not has_kernel[backend]:
+            return "the op has no such kernel"
+        return _missing[backend]
+
+    return {backend: reason(backend) for backend in BACKENDS}
 
 
 def register_autocast(name: str) -> None:
