@@ -92,6 +92,7 @@ _MAX_IOU_OP = backend.define(
     "(Tensor anchors, Tensor boxes, Tensor counts, Tensor? valid, float pos_iou, float neg_iou, "
     "bool low_quality) -> (Tensor assigned, Tensor iou)",
     _max_iou_fake,
+    "dlkernels.boxes.triton",
 )
 
 

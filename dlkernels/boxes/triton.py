@@ -1,7 +1,7 @@
-"""Triton kernels of the detection losses.
+"""Triton kernels of the detection losses and of the max-IoU assigner.
 
-A program writes the losses of its elements, or their sum (``partial``); the sums are added up in
-order, so that results are the same in every run.
+A program of a loss writes the losses of its elements, or their sum (``partial``); the sums are
+added up in order, so that results are the same in every run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from dlkernels.triton_support import Budget, alignment_of, launch
 
 PAIRS = 256
+ANCHORS = 256
 TILE = 1024
 # Columns of a tile, and at most of a program, where rows have labels or weights.
 BLOCK_COLUMNS = 16
@@ -26,6 +27,8 @@ BUDGETS = {
     "box_iou_loss_backward_kernel": Budget(registers=80, shared=4096, wide=0.75),
     "focal_loss_kernel": Budget(registers=64, shared=1024, wide=0.25),
     "focal_loss_backward_kernel": Budget(registers=64, shared=0, wide=0.4),
+    "highest_iou_kernel": Budget(registers=48, shared=1024, wide=0.2),
+    "max_iou_assign_kernel": Budget(registers=48, shared=2048, wide=0.25),
 }
 
 
@@ -359,6 +362,103 @@ def focal_loss_backward_kernel(
         tl.store(grad_logits + offsets, g * slope, mask)
 
 
+# ---- assignment ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_anchors(anchors, valid, a, size, BLOCK: tl.constexpr):
+    """Corners of the anchors a of one image; those that are not valid overlap nothing."""
+    offsets = 4 * a[:, None] + tl.arange(0, 4)[None, :]
+    value = tl.load(anchors + offsets, (a < size)[:, None], other=0)
+    x, y = tl.split(tl.reshape(value, (BLOCK, 2, 2)))
+    x1, x2 = tl.split(x)
+    y1, y2 = tl.split(y)
+    if valid is not None:
+        is_valid = tl.load(valid + a, a < size, other=0) != 0
+        x1 = tl.where(is_valid, x1, float("inf"))
+        x2 = tl.where(is_valid, x2, -float("inf"))
+    return x1, y1, x2, y2
+
+
+@triton.jit
+def _iou(x1, y1, x2, y2, box):
+    """IoU of anchors with one box, rounded as in the reference formula."""
+    bx1 = tl.load(box)
+    by1 = tl.load(box + 1)
+    bx2 = tl.load(box + 2)
+    by2 = tl.load(box + 3)
+    overlap = _relu(_minimum(x2, bx2) - _maximum(x1, bx1))
+    overlap *= _relu(_minimum(y2, by2) - _maximum(y1, by1))
+    union = (bx2 - bx1) * (by2 - by1) + (x2 - x1) * (y2 - y1) - overlap
+    return tl.where(overlap > 0, tl.div_rn(overlap, tl.where(overlap > 0, union, 1.0)), 0.0)
+
+
+@triton.jit
+def highest_iou_kernel(
+    anchors,
+    valid,
+    boxes,
+    counts,
+    partial,
+    size,
+    most,
+    anchor_step,
+    valid_step,
+    BLOCK: tl.constexpr,
+):
+    """partial[image, block, g] = the highest IoU of box g with an anchor of the block."""
+    blocks = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    image = program // blocks
+    a = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if valid is not None:
+        valid += image * valid_step
+    x1, y1, x2, y2 = _load_anchors(anchors + image * anchor_step, valid, a, size, BLOCK)
+    for g in range(tl.load(counts + image)):
+        iou = _iou(x1, y1, x2, y2, boxes + 4 * (image * most + g))
+        tl.store(partial + program * most + g, tl.max(tl.where(a < size, iou, 0.0), 0))
+
+
+@triton.jit
+def max_iou_assign_kernel(
+    anchors,
+    valid,
+    boxes,
+    counts,
+    highest,
+    assigned,
+    iou,
+    size,
+    most,
+    anchor_step,
+    valid_step,
+    POSITIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The best box of each anchor; an anchor that reaches the highest IoU of a box is positive."""
+    blocks = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0).to(tl.int64)
+    image = program // blocks
+    a = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    if valid is not None:
+        valid += image * valid_step
+    x1, y1, x2, y2 = _load_anchors(anchors + image * anchor_step, valid, a, size, BLOCK)
+    best = tl.zeros((BLOCK,), tl.float32)
+    index = tl.full((BLOCK,), -1, tl.int64)
+    reached = tl.zeros((BLOCK,), tl.int1)
+    for g in range(tl.load(counts + image)):
+        value = _iou(x1, y1, x2, y2, boxes + 4 * (image * most + g))
+        index = tl.where(value > best, g, index)
+        best = tl.where(value > best, value, best)
+        if highest is not None:
+            reached |= (value == tl.load(highest + image * most + g)) & (value > 0)
+    positive = (best >= POSITIVE) | reached
+    negative = tl.where(best >= NEGATIVE, -2, -1)
+    tl.store(assigned + image * size + a, tl.where(positive, index, negative), a < size)
+    tl.store(iou + image * size + a, tl.where(positive, best, 0.0), a < size)
+
+
 # ---- launchers ----------------------------------------------------------------------------------
 
 
@@ -483,3 +583,48 @@ def _total(loss: Tensor | None, partial: Tensor | None) -> Tensor:
         return loss
     assert partial is not None
     return partial.sum()
+
+
+def max_iou_assign(
+    anchors: Tensor,
+    boxes: Tensor,
+    counts: Tensor,
+    valid: Tensor | None,
+    pos_iou: float,
+    neg_iou: float,
+    low_quality: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launches ``dlkernels::max_iou_assign``."""
+    images, most = boxes.shape[:2]
+    size = anchors.shape[-2]
+    blocks = triton.cdiv(size, ANCHORS)
+    inputs = (
+        anchors.contiguous(),
+        None if valid is None else valid.contiguous(),
+        boxes.contiguous(),
+        counts.contiguous(),
+    )
+    extents = (
+        size,
+        most,
+        4 * size if anchors.dim() == 3 else 0,
+        size if valid is not None and valid.dim() == 2 else 0,
+    )
+    # Fused multiply-adds would round otherwise than the reference formula.
+    options: dict[str, Any] = {"BLOCK": ANCHORS, "enable_fp_fusion": False}
+    highest = None
+    if low_quality and size > 0:
+        partial = boxes.new_zeros((images, blocks, most))
+        launch(highest_iou_kernel, images * blocks, *inputs, partial, *extents, **options)
+        highest = partial.amax(1)
+    assigned = boxes.new_empty((images, size), dtype=torch.int64)
+    iou = boxes.new_empty((images, size))
+    launch(
+        max_iou_assign_kernel,
+        images * blocks,
+        *(*inputs, highest, assigned, iou, *extents),
+        POSITIVE=pos_iou,
+        NEGATIVE=neg_iou,
+        **options,
+    )
+    return assigned, iou

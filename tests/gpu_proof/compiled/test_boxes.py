@@ -1,4 +1,4 @@
-"""The machine code of the losses' Triton kernels, held to the budget beside them."""
+"""The machine code of the Triton kernels of boxes, held to the budget beside them."""
 
 import pytest
 import torch
@@ -30,8 +30,16 @@ def focal_launches(dtype, form, gamma=2.0, summed=True):
     return forward + record(kernels.sigmoid_focal_loss_backward, grad, *inputs)
 
 
+def assign_launches(masked):
+    anchors, boxes = torch.empty(22_400, 4), torch.empty(8, 100, 4)
+    valid = torch.empty(22_400, dtype=torch.bool) if masked else None
+    counts = torch.empty(8, dtype=torch.int64)
+    return record(kernels.max_iou_assign, anchors, boxes, counts, valid, 0.5, 0.4, True)
+
+
 def test_every_kernel_has_a_budget():
     launches = box_launches(torch.float32, "iou") + focal_launches(torch.float32, "labels")
+    launches += assign_launches(False)
     assert {launch.name for launch in launches} == set(kernels.BUDGETS)
 
 
@@ -58,6 +66,12 @@ def test_box_iou_loss(kind, dtype, architecture):
 @pytest.mark.parametrize("form", ["labels", "targets"])
 def test_sigmoid_focal_loss(form, dtype, architecture):
     assert_within_budget(focal_launches(dtype, form), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_max_iou_assign(masked, architecture):
+    assert_within_budget(assign_launches(masked), architecture)
 
 
 def test_losses_per_element():

@@ -1,13 +1,14 @@
-"""The Triton kernels of the detection losses, run by the interpreter."""
+"""The Triton kernels of losses and of the max-IoU assigner, run by the interpreter."""
 
 import math
 
 import pytest
 import torch
 
-from dlkernels import ops
+from dlkernels import ops, use_backend
 from dlkernels.backend import availability
-from tests.boxes.cases import KINDS, make_boxes, make_targets
+from dlkernels.boxes.anchors import AnchorGrid
+from tests.boxes.cases import KINDS, make_boxes, make_gt, make_targets
 from tests.boxes.test_numbers import leaves, loss_scale, run
 from tests.gpu_proof.traffic import count_traffic
 from tests.numbers import DTYPES, assert_exact
@@ -23,6 +24,7 @@ def test_triton_serves():
     table = availability()
     assert table["box_iou_loss"]["triton"] == "available"
     assert table["sigmoid_focal_loss"]["triton"] == "available"
+    assert table["max_iou_assign"]["triton"] == "available"
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -159,3 +161,31 @@ def test_traffic_of_sigmoid_focal_loss(form):
     for traffic in (forward, backward):
         assert traffic.sectors <= 1.1 * traffic.moved
         assert traffic.atomics == 0
+
+
+@pytest.mark.parametrize("low_quality", [False, True])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_max_iou_assign_is_the_formula_bit_for_bit(rounded, low_quality):
+    grid = AnchorGrid.for_image((72, 96), (8, 16), (2, 4))
+    anchors = grid.boxes()
+    assert len(anchors) > 256
+    gt = [0.4 * make_gt(count, rounded) for count in (0, 3, 12)]
+    own = torch.stack([anchors.roll(shift, 0) for shift in range(3)])
+    mask = torch.rand(3, len(anchors)) < 0.7
+    for boxes, valid in ((anchors, None), (anchors[:7], None), (own, mask[0]), (own, mask)):
+        ours = ops.max_iou_assign(boxes, None, gt, low_quality=low_quality, valid=valid)
+        with use_backend("reference"):
+            wanted = ops.max_iou_assign(boxes, None, gt, low_quality=low_quality, valid=valid)
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_traffic_of_max_iou_assign():
+    """Anchors are read once, results written once, and every program reads the boxes."""
+    anchors = AnchorGrid.for_image((64, 128), (8,), (2, 4)).boxes()
+    gt = make_gt(16)[None]
+    programs = len(anchors) // 256
+    with count_traffic() as traffic:
+        ops.max_iou_assign(anchors, None, gt)
+    floor = anchors.nbytes + 12 * len(anchors) + programs * (gt.nbytes + 8)
+    assert traffic.moved == floor
+    assert traffic.atomics == 0
