@@ -10,4 +10,19 @@ from dlkernels.dense_block.transition import transition
 from dlkernels.mbconv.op import Norm, depthwise_conv_bn_act
 from dlkernels.squeeze_excite.op import squeeze_excite
 
-__all__ = ["Norm", "NormConv", "asff_fuse", "atss_assign", "batch_norm_act", "box_iou_loss", "dense_block", "depthwise_conv_bn_act", "fcos_assign", "max_iou_assign", "sigmoid_focal_loss", "squeeze_excite", "transition", "yolo_assign"]
+__all__ = [
+    "Norm",
+    "NormConv",
+    "asff_fuse",
+    "atss_assign",
+    "batch_norm_act",
+    "box_iou_loss",
+    "dense_block",
+    "depthwise_conv_bn_act",
+    "fcos_assign",
+    "max_iou_assign",
+    "sigmoid_focal_loss",
+    "squeeze_excite",
+    "transition",
+    "yolo_assign",
+]

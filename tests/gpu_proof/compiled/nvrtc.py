@@ -44,7 +44,10 @@ struct CUstream_st;
 typedef CUstream_st* cudaStream_t;
 extern "C" int cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
 """
-EMPTY_HEADERS = ["cmath", "cstdint", "cstring", "type_traits", "cuda_runtime.h", "cuda_runtime_api.h"]
+EMPTY_HEADERS = [
+    *("cmath", "cstdint", "cstring", "type_traits"),
+    *("cuda_runtime.h", "cuda_runtime_api.h"),
+]
 
 
 def _package(name: str) -> Path:
