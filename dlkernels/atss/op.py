@@ -56,11 +56,12 @@ def atss_assign(
     Other dtypes are converted to float32 first, also under autocast. The results have no gradient.
 
     Args:
-        anchors: an :class:`AnchorGrid`, or boxes x1 y1 x2 y2, [A, 4] or [B, A, 4] for a set per
-            image; any floating-point dtype, finite.
+        anchors: an :class:`AnchorGrid` (``grid.to(device)`` saves copying its base anchors at each
+            call), or boxes x1 y1 x2 y2, [A, 4] or [B, A, 4] for a set per image; any
+            floating-point dtype, finite.
         num_level_anchors: anchors of each of at most 16 levels, in order; None for a grid.
         gt_boxes: boxes x1 y1 x2 y2 of each image, [B, G, 4] with padding behind the first
-            ``num_gt``, or a list of B tensors [G_i, 4].
+            ``num_gt``, or a list of B tensors [G_i, 4], whose lengths are copied to the device.
         num_gt: number of boxes in each image, int64 [B]; None where there is no padding, and for
             lists.
         topk: candidates on a level per anchor at a location.

@@ -218,6 +218,18 @@ def test_improper_boxes_get_no_anchors_where_unchecked(backend):
     assert torch.equal(iou, expected_iou)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_anchors_that_are_no_numbers_are_never_assigned(value):
+    grid = AnchorGrid.from_scales([(6, 7), (3, 4)], [8, 16], scales=[1, 2])
+    for boxes in grid.base_anchors:
+        boxes[0, 0] = value
+    targets = random_boxes(1, 10, (48, 56))
+    on_boxes = ops.atss_assign(grid.boxes(), grid.num_level_anchors, targets, None, 9, 2)
+    for assigned, _ in (ops.atss_assign(grid, None, targets), on_boxes):
+        assert (assigned[0, ::2] == -1).all()
+        assert assigned.max() < 10
+
+
 def test_same_bits_on_any_number_of_threads():
     grid = AnchorGrid.for_image((480, 640))
     boxes = random_boxes(3, 70, (480, 640))

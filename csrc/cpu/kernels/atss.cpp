@@ -367,7 +367,10 @@ int64_t search_grid(const Search& search, int64_t k, uint64_t* nearest) {
         const int64_t i =
             (column - window.columns.begin) * anchors.per_cell + a;
         const int64_t j = (row - window.rows.begin) * anchors.per_cell + a;
-        few.add(across[i] + down[j], position);
+        const float squared = across[i] + down[j];
+        if (squared == squared) {  // ranks need numbers
+          few.add(squared, position);
+        }
       });
   return rank(few, k, nearest);
 }
