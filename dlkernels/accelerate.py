@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -71,7 +72,7 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replaces the squeeze-excite modules and dense blocks of a torchvision or timm model, in place.
+    """Replaces squeeze-excite modules and dense blocks of a torchvision or timm model, in place.
 
     A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
 
@@ -136,6 +137,7 @@ def _shared_differences(module: nn.Module) -> Iterator[str]:
 
 def _dense_differences(block: nn.Module) -> Iterator[str]:
     """Reasons why a dense block of a known type differs from the formula."""
+    layer: Any
     for name, layer in block.named_children():
         if _type_name(layer) != DENSE_BLOCKS[_type_name(block)]:
             yield f"its {name} is {_type_name(layer)}"

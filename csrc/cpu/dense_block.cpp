@@ -64,8 +64,7 @@ void check_norms(const Tensors& tensors, const Tensors& weights) {
 }
 
 // `maps` is the block's input, or its output.
-Plan plan_of(
-    const Tensor& maps, bool is_output, const Parameters& parameters) {
+Plan plan_of(const Tensor& maps, bool is_output, const Parameters& parameters) {
   const Tensors& weights = parameters.weights;
   STD_TORCH_CHECK(maps.dim() == 4, "x must have shape [N, C, H, W]");
   STD_TORCH_CHECK(!weights.empty(), "there must be a convolution");
@@ -83,13 +82,14 @@ Plan plan_of(
   plan.growth = weights[bottleneck ? 1 : 0].size(0);
   plan.width = bottleneck ? weights[0].size(0) : 0;
   plan.inputs = maps.size(1) - (is_output ? plan.layers * plan.growth : 0);
-  const auto check = [&](int64_t index, int64_t in, int64_t out, int64_t kernel) {
-    const Tensor& weight = weights[index];
-    STD_TORCH_CHECK(
-        weight.size(0) == out && weight.size(1) == in &&
-            weight.size(2) == kernel && weight.size(3) == kernel,
-        "the channels of the convolutions do not add up");
-  };
+  const auto check =
+      [&](int64_t index, int64_t in, int64_t out, int64_t kernel) {
+        const Tensor& weight = weights[index];
+        STD_TORCH_CHECK(
+            weight.size(0) == out && weight.size(1) == in &&
+                weight.size(2) == kernel && weight.size(3) == kernel,
+            "the channels of the convolutions do not add up");
+      };
   for (int64_t layer = 0; layer < plan.layers; ++layer) {
     const int64_t last = plan.last_conv(layer);
     if (bottleneck) {
@@ -104,11 +104,10 @@ Plan plan_of(
     check_norms(parameters.variances, weights);
   }
   STD_TORCH_CHECK(
-      !parameters.kept ||
-          (parameters.kept->is_contiguous() &&
-           parameters.kept->element_size() == 1 &&
-           parameters.kept->numel() ==
-               plan.layers * plan.pixels() * plan.growth),
+      !parameters.kept || (parameters.kept->is_contiguous() &&
+                           parameters.kept->element_size() == 1 &&
+                           parameters.kept->numel() ==
+                               plan.layers * plan.pixels() * plan.growth),
       "kept must be a contiguous bool tensor [layers, N, H, W, growth]");
   return plan;
 }
@@ -230,8 +229,8 @@ class Block {
         transposed,
         result.mutable_data_ptr<float>()};
     parallel_for(
-        block_count(columns),
-        weight.numel() / block_count(columns),
+        group_count(columns),
+        weight.numel() / group_count(columns),
         [&](int64_t begin, int64_t end) { kernels_.pack(args, begin, end); });
     return result;
   }
@@ -326,7 +325,6 @@ class BlockBackward : public Block {
     const Norm norm_in = norm(index, in_first);
     const Tensor weight = packed(index, true);
     const Tiling& tiling = tiling_of_conv(index);
-    const int64_t taps = kernel(index) * kernel(index);
     const int64_t size = packed_size(kernel(index), in.count, grad_out.count);
     const int64_t threads = torch::stable::get_num_threads();
     Tensor partial = torch::stable::new_zeros(
@@ -357,13 +355,15 @@ class BlockBackward : public Block {
     const UnpackArgs unpack{
         weights_data,
         threads,
-        taps,
+        kernel(index),
         in.count,
         grad_out.count,
         weights[index].mutable_data_ptr(),
         scalar_type_of(weights[index], "weights")};
     parallel_for(
-        in.count, taps * grad_out.count, [&](int64_t begin, int64_t end) {
+        group_count(grad_out.count),
+        size / group_count(grad_out.count),
+        [&](int64_t begin, int64_t end) {
           kernels_.unpack(unpack, begin, end);
         });
     norm_backward(index, norm_in, in_first, sums_data, threads);
@@ -408,10 +408,16 @@ class BlockBackward : public Block {
 
 // Maps [layers, samples, height, width, channels] between two convolutions.
 Tensor empty_maps_between(
-    const Plan& plan, const Tensor& like, int64_t layers, torch::headeronly::ScalarType dtype) {
+    const Plan& plan,
+    const Tensor& like,
+    int64_t layers,
+    torch::headeronly::ScalarType dtype) {
   return torch::stable::new_empty(
       like,
-      {layers * plan.grid.samples, plan.grid.height, plan.grid.width, plan.width},
+      {layers * plan.grid.samples,
+       plan.grid.height,
+       plan.grid.width,
+       plan.width},
       dtype);
 }
 
@@ -529,8 +535,8 @@ std::tuple<Tensor, Tensors, Tensors, Tensors> dense_block_backward(
       "grad_out must have the shape and dtype of out");
   const bool saved = bottlenecks_.numel() > 0;
   STD_TORCH_CHECK(
-      !saved || bottlenecks_.numel() ==
-                    plan.layers * plan.pixels() * plan.width,
+      !saved ||
+          bottlenecks_.numel() == plan.layers * plan.pixels() * plan.width,
       "bottlenecks must be those of the forward pass");
 
   constexpr auto kFloat = torch::headeronly::ScalarType::Float;

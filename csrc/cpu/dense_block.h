@@ -31,15 +31,11 @@ void for_each_thread(int64_t items, const Body& body) {
   if (threads == 1) {
     body(0, 0, items);
   } else if (threads > 1) {
-    torch::stable::parallel_for(
-        0, threads, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t thread = begin; thread < end; ++thread) {
-            body(
-                thread,
-                thread * items / threads,
-                (thread + 1) * items / threads);
-          }
-        });
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        body(thread, thread * items / threads, (thread + 1) * items / threads);
+      }
+    });
   }
 }
 

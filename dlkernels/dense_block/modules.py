@@ -161,7 +161,7 @@ def _pairs(layer: Any) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     return pairs
 
 
-def _run(layers: Sequence[nn.Module], x: Tensor, memory: str) -> Tensor:
+def _run(layers: Sequence[Any], x: Tensor, memory: str) -> Tensor:
     """The block's output, by the fused op where all batch norms work alike."""
     norms = [norm for layer in layers for norm, _ in _pairs(layer)]
     modes = {(_uses_batch(norm), norm.momentum, norm.eps) for norm in norms}
@@ -197,8 +197,11 @@ def _norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> NormConv:
 
 def _count_batch(norms: Sequence[nn.BatchNorm2d], momentum: float | None) -> float:
     """Counts the batch, as nn.BatchNorm2d does, and returns the factor of its statistics."""
-    counters = [norm.num_batches_tracked for norm in norms if norm.training]
-    counters = [counter for counter in counters if counter is not None]
+    counters = [
+        norm.num_batches_tracked
+        for norm in norms
+        if norm.training and norm.num_batches_tracked is not None
+    ]
     if counters:
         torch._foreach_add_(counters, 1)
     if momentum is not None:
@@ -206,7 +209,7 @@ def _count_batch(norms: Sequence[nn.BatchNorm2d], momentum: float | None) -> flo
     return 1.0 / float(counters[0]) if counters else 0.0
 
 
-def _run_plain(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def _run_plain(layers: Sequence[Any], x: Tensor) -> Tensor:
     for layer in layers:
         new = x
         for norm, conv in _pairs(layer):

@@ -96,7 +96,7 @@ def dense_block(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
     stages = _check_layers(x, layers, training)
-    if training and x.numel() == x.shape[1]:
+    if training and x.numel() == x.shape[1] != 0:
         raise ValueError(
             "x must have more than one value per channel in training, but has shape "
             f"{list(x.shape)}"
@@ -157,9 +157,7 @@ def _check_layers(
     return stages
 
 
-def check_stage(
-    name: str, stage: NormConv, x: Tensor, shape: list[int], training: bool
-) -> None:
+def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], training: bool) -> None:
     """The tensors of a norm and its convolution fit each other and the maps ``x``."""
     check_like(f"{name}.weight", stage.weight, "x", x)
     check_shape(f"{name}.weight", stage.weight, shape, "[out, in, kernel, kernel]")
@@ -184,10 +182,18 @@ def cast_stages(x: Tensor, stages: list[NormConv]) -> tuple[Tensor, list[NormCon
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     norms = torch.float64 if dtype == torch.float64 else torch.float32
-    return x.to(dtype), [
-        NormConv(*(None if t is None else t.to(norms) for t in stage[:4]), stage.weight.to(dtype))
-        for stage in stages
-    ]
+
+    def cast(stage: NormConv) -> NormConv:
+        mean, variance = stage.running_mean, stage.running_var
+        return NormConv(
+            stage.norm_weight.to(norms),
+            stage.norm_bias.to(norms),
+            None if mean is None else mean.to(norms),
+            None if variance is None else variance.to(norms),
+            stage.weight.to(dtype),
+        )
+
+    return x.to(dtype), [cast(stage) for stage in stages]
 
 
 def _kept_by_dropout(x: Tensor, layers: Sequence[Sequence[NormConv]], dropout: float) -> Tensor:
@@ -213,20 +219,19 @@ def _update_running(
     x: Tensor,
 ) -> None:
     """Moves the running statistics towards those of the batch, the variance unbiased."""
-    count = x.numel() // x.shape[1]
+    count = x.numel() // max(1, x.shape[1])
     variance = variance * (count / max(1, count - 1))
     running, batch = [], []
     between = x.shape[1] + len(layers) * layers[0][-1].weight.shape[0]
     for layer in layers:
-        for place, stage in enumerate(layer):
-            first, channels = (0, stage.weight.shape[1]) if place == 0 else (between, width)
+        firsts = (0, between)
+        for first, stage in zip(firsts, layer, strict=False):
+            channels = slice(first, first + stage.weight.shape[1])
             for target, source in ((stage.running_mean, mean), (stage.running_var, variance)):
                 if target is not None:
                     running.append(target)
-                    batch.append(source[first : first + channels].to(target.dtype))
-            width = stage.weight.shape[0]
-        if len(layer) == 2:
-            between += layer[0].weight.shape[0]
+                    batch.append(source[channels].to(target.dtype))
+        between += layer[-1].weight.shape[1]
     if running:
         torch._foreach_lerp_(running, batch, momentum)
 

@@ -26,8 +26,8 @@ def dense_block(
     weights: Sequence[Tensor],
     norm_weights: Sequence[Tensor],
     norm_biases: Sequence[Tensor],
-    means: Sequence[Tensor],
-    variances: Sequence[Tensor],
+    means: Sequence[Tensor | None],
+    variances: Sequence[Tensor | None],
     kept: Tensor | None,
     dropout: float,
     eps: float,
@@ -40,14 +40,13 @@ def dense_block(
     are empty where ``means`` and ``variances`` are given.
     """
     per_layer = 2 if weights[0].shape[2] == 1 else 1
-    features, between = x, []
+    features = x
+    between: list[Tensor] = []
     for index, weight in enumerate(weights):
         layer, place = divmod(index, per_layer)
         source = features if place == 0 else between[-1]
         mean, variance = (means[index], variances[index]) if means else (None, None)
-        activated = norm_relu(
-            source, norm_weights[index], norm_biases[index], mean, variance, eps
-        )
+        activated = norm_relu(source, norm_weights[index], norm_biases[index], mean, variance, eps)
         result = F.conv2d(activated, weight, padding=weight.shape[2] // 2)
         if place < per_layer - 1:
             between.append(result)

@@ -97,6 +97,6 @@ def test_the_bare_op_touches_no_memory_of_wrong_shape():
         op(x, weights[:2] + weights[:2], *norms, [], [], None, 0.0, 1e-5, True)
     with pytest.raises(RuntimeError, match="every convolution must have a norm"):
         op(x, weights, norms[0][:3], norms[1], [], [], None, 0.0, 1e-5, True)
+    kept = torch.ones(1, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="kept must be"):
-        kept = torch.ones(1, dtype=torch.bool)
         op(x, weights, *norms, [], [], kept, 0.5, 1e-5, True)

@@ -163,8 +163,10 @@ def test_frozen_parameters_get_no_gradient():
     for tensor in (layers[0][0].norm_weight, layers[1][1].weight):
         tensor.requires_grad_(False)
     ops.dense_block(x, layers, training=True).sum().backward()
-    assert layers[0][0].norm_weight.grad is None and layers[1][1].weight.grad is None
-    assert x.grad is not None and layers[0][1].weight.grad is not None
+    assert layers[0][0].norm_weight.grad is None
+    assert layers[1][1].weight.grad is None
+    assert x.grad is not None
+    assert layers[0][1].weight.grad is not None
 
 
 def test_second_derivative_is_refused():

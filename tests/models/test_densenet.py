@@ -64,7 +64,7 @@ def test_parameters_of_the_paper():
 
 
 def test_depth():
-    with pytest.raises(ValueError, match="depth must be 4 plus .* but is 101"):
+    with pytest.raises(ValueError, match=r"depth must be 4 plus .* but is 101"):
         models.densenet_cifar(101)
 
 
@@ -78,7 +78,7 @@ def test_a_training_follows_torchvision(memory):
     images += labels[:, None, None, None] * 0.3
 
     def losses(network):
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.003)
         for step in range(100):
             batch = slice(step % 4 * 16, step % 4 * 16 + 16)
             loss = F.cross_entropy(network(images[batch]), labels[batch])
@@ -88,9 +88,9 @@ def test_a_training_follows_torchvision(memory):
             yield loss.item()
 
     ours_curve, theirs_curve = list(losses(ours)), list(losses(theirs))
-    assert theirs_curve[-1] < 0.5 * theirs_curve[0]
+    assert theirs_curve[-1] < 0.8 * theirs_curve[0]
     for a, b in zip(ours_curve, theirs_curve, strict=True):
-        assert abs(a - b) <= 1e-3 * theirs_curve[0]
+        assert abs(a - b) <= 1e-3 * b
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,11 @@ def test_accelerate(make, memory):
     x = torch.randn(1, 3, 64, 64)
     expected, keys = network(x), list(network.state_dict())
     report = accelerate(network)
-    assert len(report.swapped) == 4 and not report.left
+    assert len(report.swapped) == 4
+    assert not report.left
     block = network.features.denseblock1
-    assert isinstance(block, DenseBlock) and block.memory == memory
+    assert isinstance(block, DenseBlock)
+    assert block.memory == memory
     assert relative_error(network(x), expected) < 1e-5
     assert list(network.state_dict()) == keys
     report.restore()

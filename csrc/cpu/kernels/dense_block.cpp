@@ -113,8 +113,7 @@ void multiply(const Product& p) {
   for (int64_t column = 0; column < p.columns; column += kPanel) {
     const bool whole = p.columns - column >= kPanel;
     const bool packed = p.b_pitch == 0;
-    const int64_t b_pitch =
-        packed ? (whole ? kPanel : kVecSize) : p.b_pitch;
+    const int64_t b_pitch = packed ? (whole ? kPanel : kVecSize) : p.b_pitch;
     const float* b = p.b + (packed ? p.depth * column : column);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * p.rows / groups;
@@ -132,70 +131,177 @@ void multiply(const Product& p) {
   }
 }
 
+// ---- weights ------------------------------------------------------------
+
+// Swaps the off-diagonal halves of every square of 2 * kStep rows and lanes.
+template <uint32_t kStep>
+DLKERNELS_INLINE void swap_halves(Vec (&values)[kVecSize]) {
+  UIntVec low{};
+#pragma GCC unroll 16
+  for (uint32_t lane = 0; lane < kVecSize; ++lane) {
+    low[lane] = lane & kStep ? lane - kStep + kVecSize : lane;
+  }
+#pragma GCC unroll 16
+  for (uint32_t i = 0; i < kVecSize; ++i) {
+    if ((i & kStep) == 0) {
+      const Vec a = values[i], b = values[i + kStep];
+      values[i] = __builtin_shuffle(a, b, low);
+      values[i + kStep] = __builtin_shuffle(a, b, low + kStep);
+    }
+  }
+}
+
+// values[i][j] becomes values[j][i].
+DLKERNELS_INLINE void transpose(Vec (&values)[kVecSize]) {
+  swap_halves<1>(values);
+  swap_halves<2>(values);
+  if constexpr (kVecSize > 4) {
+    swap_halves<4>(values);
+  }
+  if constexpr (kVecSize > 8) {
+    swap_halves<8>(values);
+  }
+}
+
 // Where the packed weights of one block of outputs, one block of inputs and
 // one tap begin.
 DLKERNELS_INLINE int64_t packed_offset(
-    int64_t taps, int64_t inputs, int64_t in, int64_t depth, int64_t tap,
-    int64_t out, int64_t columns) {
+    int64_t taps,
+    int64_t inputs,
+    int64_t in,
+    int64_t depth,
+    int64_t tap,
+    int64_t out,
+    int64_t columns) {
   return out * inputs * taps + (in * taps + tap * depth) * columns;
 }
 
-void pack(const PackArgs& args, int64_t begin, int64_t end) {
+// Where the values of one input and one tap begin for the outputs from `out`
+// on, up to the end of the panel.
+DLKERNELS_INLINE int64_t packed_row(
+    int64_t taps,
+    int64_t inputs,
+    int64_t in,
+    int64_t tap,
+    int64_t outputs,
+    int64_t out) {
+  const int64_t block = out / kBlock * kBlock;
+  const int64_t columns = padded_channels(smaller(kBlock, outputs - block));
+  const int64_t panel = (out - block) / kPanel * kPanel;
+  const int64_t in_block = in / kBlock * kBlock;
+  const int64_t depth = smaller(kBlock, inputs - in_block);
+  return packed_offset(taps, inputs, in_block, depth, tap, block, columns) +
+         depth * panel + (in - in_block) * smaller(kPanel, columns - panel) +
+         (out - block - panel);
+}
+
+// From [out, in, taps] for the outputs [begin, end): squares of outputs by
+// inputs and taps, transposed.
+template <int64_t kTaps, typename T>
+DLKERNELS_INLINE void pack_forward(
+    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
+  const int64_t size = args.in * kTaps;
+  for (int64_t out = begin; out < end; out += kVecSize) {
+    for_each_vec(size, [&](int64_t i, auto lanes) {
+      Vec values[kVecSize];
+      for (int64_t k = 0; k < kVecSize; ++k) {
+        values[k] = out + k < args.out
+                        ? load(weight + (out + k) * size + i, lanes)
+                        : Vec{};
+      }
+      transpose(values);
+      const int64_t stop = smaller(kVecSize, size - i);
+      for (int64_t k = 0; k < stop; ++k) {
+        const int64_t row = packed_row(
+            kTaps, args.in, (i + k) / kTaps, (i + k) % kTaps, args.out, out);
+        store(args.packed + row, values[k]);
+      }
+    });
+  }
+}
+
+DLKERNELS_INLINE float value_of(const float* from) {
+  return *from;
+}
+
+template <typename T>
+DLKERNELS_INLINE float value_of(const T* from) {
+  return load_one(from);
+}
+
+// The same for the transposed matrix, whose columns are the inputs.
+template <int64_t kTaps, typename T>
+DLKERNELS_INLINE void pack_transposed(
+    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
+  const int64_t stop = smaller(end, args.in);
+  for (int64_t out = 0; out < args.out; ++out) {
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      const T* from = weight + (out * args.in + begin) * kTaps + tap;
+      float* to =
+          args.packed + packed_row(kTaps, args.out, out, tap, args.in, begin);
+      for (int64_t i = 0; i < end - begin; ++i) {
+        to[i] = begin + i < stop ? value_of(from + i * kTaps) : 0.0f;
+      }
+    }
+  }
+}
+
+template <int64_t kTaps>
+void pack_taps(const PackArgs& args, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto* tag) {
     const auto* weight =
         static_cast<decltype(tag)>(const_cast<void*>(args.weight));
-    const int64_t taps = args.kernel * args.kernel;
-    const int64_t inputs = args.transposed ? args.out : args.in;
-    const int64_t outputs = args.transposed ? args.in : args.out;
-    const int64_t input_stride = args.transposed ? args.in * taps : taps;
-    const int64_t output_stride = args.transposed ? taps : args.in * taps;
-    for (int64_t out = begin * kBlock; out < smaller(end * kBlock, outputs);
-         out += kBlock) {
-      const int64_t width = smaller(kBlock, outputs - out);
-      const int64_t columns = padded_channels(width);
-      for (int64_t in = 0; in < inputs; in += kBlock) {
-        const int64_t depth = smaller(kBlock, inputs - in);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          float* packed = args.packed + packed_offset(
-                                            taps, inputs, in, depth, tap, out,
-                                            columns);
-          for (int64_t panel = 0; panel < columns; panel += kPanel) {
-            const int64_t panel_width = smaller(kPanel, columns - panel);
-            for (int64_t j = 0; j < panel_width; ++j) {
-              const int64_t column = panel + j;
-              const auto* from = weight + (out + column) * output_stride +
-                                 in * input_stride + tap;
-              float* to = packed + depth * panel + j;
-              for (int64_t k = 0; k < depth; ++k) {
-                to[k * panel_width] =
-                    column < width ? load_one(from + k * input_stride) : 0.0f;
-              }
-            }
-          }
-        }
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * kChannelGroup;
+      if (args.transposed) {
+        pack_transposed<kTaps>(args, weight, first, first + kChannelGroup);
+      } else {
+        pack_forward<kTaps>(args, weight, first, first + kChannelGroup);
       }
+    }
+  });
+}
+
+void pack(const PackArgs& args, int64_t begin, int64_t end) {
+  args.kernel == 1 ? pack_taps<1>(args, begin, end)
+                   : pack_taps<9>(args, begin, end);
+}
+
+template <int64_t kTaps>
+void unpack_taps(const UnpackArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.dtype, [&](auto* tag) {
+    auto* weight = static_cast<decltype(tag)>(args.weight);
+    const int64_t columns = padded_channels(args.out);
+    const int64_t size = args.in * kTaps;
+    const auto sum_of_threads = [&](int64_t index, int64_t out) {
+      const int64_t row = index % kTaps * args.in + index / kTaps;
+      const float* from = args.partial + row * columns + out;
+      Vec total = load(from);
+      for (int64_t thread = 1; thread < args.threads; ++thread) {
+        total += load(from + thread * size * columns);
+      }
+      return total;
+    };
+    const int64_t stop = smaller(end * kChannelGroup, args.out);
+    for (int64_t out = begin * kChannelGroup; out < stop; out += kVecSize) {
+      const int64_t rows = smaller(kVecSize, args.out - out);
+      for_each_vec(size, [&](int64_t i, auto lanes) {
+        Vec values[kVecSize];
+        for (int64_t k = 0; k < kVecSize; ++k) {
+          values[k] = i + k < size ? sum_of_threads(i + k, out) : Vec{};
+        }
+        transpose(values);
+        for (int64_t k = 0; k < rows; ++k) {
+          store(weight + (out + k) * size + i, values[k], lanes);
+        }
+      });
     }
   });
 }
 
 void unpack(const UnpackArgs& args, int64_t begin, int64_t end) {
-  dispatch(args.dtype, [&](auto* tag) {
-    auto* weight = static_cast<decltype(tag)>(args.weight);
-    const int64_t columns = padded_channels(args.out);
-    const int64_t size = args.taps * args.in * columns;
-    for (int64_t in = begin; in < end; ++in) {
-      for (int64_t tap = 0; tap < args.taps; ++tap) {
-        const float* row = args.partial + (tap * args.in + in) * columns;
-        for (int64_t out = 0; out < args.out; ++out) {
-          float total = row[out];
-          for (int64_t thread = 1; thread < args.threads; ++thread) {
-            total += row[thread * size + out];
-          }
-          store_one(weight + (out * args.in + in) * args.taps + tap, total);
-        }
-      }
-    }
-  });
+  args.kernel == 1 ? unpack_taps<1>(args, begin, end)
+                   : unpack_taps<9>(args, begin, end);
 }
 
 // ---- tiles --------------------------------------------------------------
@@ -307,36 +413,6 @@ void clear_padding(const Tile& tile, float* block, int64_t channels) {
 
 // ---- maps in either layout ----------------------------------------------
 
-// Swaps the off-diagonal halves of every square of 2 * kStep rows and lanes.
-template <uint32_t kStep>
-DLKERNELS_INLINE void swap_halves(Vec (&values)[kVecSize]) {
-  UIntVec low{};
-#pragma GCC unroll 16
-  for (uint32_t lane = 0; lane < kVecSize; ++lane) {
-    low[lane] = lane & kStep ? lane - kStep + kVecSize : lane;
-  }
-#pragma GCC unroll 16
-  for (uint32_t i = 0; i < kVecSize; ++i) {
-    if ((i & kStep) == 0) {
-      const Vec a = values[i], b = values[i + kStep];
-      values[i] = __builtin_shuffle(a, b, low);
-      values[i + kStep] = __builtin_shuffle(a, b, low + kStep);
-    }
-  }
-}
-
-// values[i][j] becomes values[j][i].
-DLKERNELS_INLINE void transpose(Vec (&values)[kVecSize]) {
-  swap_halves<1>(values);
-  swap_halves<2>(values);
-  if constexpr (kVecSize > 4) {
-    swap_halves<4>(values);
-  }
-  if constexpr (kVecSize > 8) {
-    swap_halves<8>(values);
-  }
-}
-
 // Calls body(pixel, channel, values, lanes) with vectors of channels for all of
 // the run's pixels and for the channels [first, first + count) of the slice;
 // pixel and channel count from the run's and from `first`.
@@ -444,8 +520,8 @@ void apply_dropout(
 }
 
 template <typename Lanes>
-DLKERNELS_INLINE Vec apply(
-    const Affine& affine, int64_t channel, Vec x, Lanes lanes) {
+DLKERNELS_INLINE Vec
+apply(const Affine& affine, int64_t channel, Vec x, Lanes lanes) {
   return (x - load(affine.mean + channel, lanes)) *
              load(affine.scale + channel, lanes) +
          load(affine.shift + channel, lanes);
@@ -619,8 +695,7 @@ void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
     const Tile tile = tile_at(args.tiling, index);
     for (int64_t in = 0; in < args.in.count; in += kBlock) {
       const int64_t depth = smaller(kBlock, args.in.count - in);
-      load_normalised(
-          args.in, args.norm, tile, in, depth, activated, nullptr);
+      load_normalised(args.in, args.norm, tile, in, depth, activated, nullptr);
       for (int64_t out = 0; out < args.out.count; out += kBlock) {
         const int64_t columns =
             padded_channels(smaller(kBlock, args.out.count - out));
@@ -645,7 +720,8 @@ void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
     for (int64_t out = 0; out < args.out.count; out += kBlock) {
       const int64_t count = smaller(kBlock, args.out.count - out);
       float* block = results + out / kBlock * length * kPitch;
-      apply_dropout(args.dropout, args.out.count, tile, false, block, out, count);
+      apply_dropout(
+          args.dropout, args.out.count, tile, false, block, out, count);
       write_block(args.out, tile, out, count, block);
       keep_moments(
           tile, block, index, args.out.count, out, count, args.moments);
@@ -677,10 +753,8 @@ void finish_backward(
       totals[1][c / kVecSize] += grad_z * centred;
       return grad_z * load(args.norm.scale + first + c, lanes);
     };
-    const int64_t pixel =
-        run.sample * grid.height * grid.width + run.pixel;
-    float* grad_in =
-        args.grad_in + pixel * args.grad_in_channels + first;
+    const int64_t pixel = run.sample * grid.height * grid.width + run.pixel;
+    float* grad_in = args.grad_in + pixel * args.grad_in_channels + first;
     const auto write = [&](int64_t i, int64_t c, Vec before, auto lanes) {
       float* to = grad_in + i * args.grad_in_channels + c;
       store(to, before + grad_of(i, c, lanes), lanes);
@@ -765,7 +839,14 @@ void conv_backward(
         }
       }
       finish_backward(
-          args, tile, in, width, grad_activated, activated, raw, gradients.sums);
+          args,
+          tile,
+          in,
+          width,
+          grad_activated,
+          activated,
+          raw,
+          gradients.sums);
     }
   }
 }
@@ -820,8 +901,7 @@ void pool(const PoolArgs& args, float* scratch, int64_t begin, int64_t end) {
     const Tile result_tile = rows_of(pooled, sample, row, 1);
     for (int64_t first = 0; first < args.in.count; first += kBlock) {
       const int64_t count = smaller(kBlock, args.in.count - first);
-      load_normalised(
-          args.in, args.norm, tile, first, count, scratch, nullptr);
+      load_normalised(args.in, args.norm, tile, first, count, scratch, nullptr);
       for (int64_t i = 0; i < pooled.width; ++i) {
         const float* upper = scratch + 2 * i * kPitch;
         const float* lower = upper + grid.width * kPitch;

@@ -94,13 +94,19 @@ static inline int64_t block_count(int64_t channels) {
 
 // Pixels of a tile in scratch memory, its halo included.
 static inline int64_t tile_length(const Tiling& tiling) {
-  return tiling.halo == 0
-             ? tiling.size
-             : (tiling.size + 2) * (tiling.grid.width + 1) + 1;
+  return tiling.halo == 0 ? tiling.size
+                          : (tiling.size + 2) * (tiling.grid.width + 1) + 1;
+}
+
+// Columns of weights are padded to whole groups.
+constexpr int64_t kChannelGroup = 16;
+
+static inline int64_t group_count(int64_t channels) {
+  return (channels + kChannelGroup - 1) / kChannelGroup;
 }
 
 static inline int64_t padded_channels(int64_t channels) {
-  return (channels + 15) / 16 * 16;
+  return group_count(channels) * kChannelGroup;
 }
 
 // Floats of scratch memory for any pass from `in` to `out` channels.
@@ -130,7 +136,7 @@ struct PackArgs {
 struct UnpackArgs {
   const float* partial;  // [threads, kernel * kernel, in, padded_channels(out)]
   int64_t threads;
-  int64_t taps;
+  int64_t kernel;
   int64_t in;
   int64_t out;
   void* weight;  // [out, in, kernel, kernel]
@@ -205,9 +211,9 @@ struct PoolBackwardArgs {
 };
 
 struct DenseBlockKernels {
-  // An item is a block of kBlock columns of the packed matrix.
+  // An item is a group of columns of the packed matrix.
   void (*pack)(const PackArgs&, int64_t begin, int64_t end);
-  // weight = the sum of `partial` over threads. An item is an input channel.
+  // weight = the sum of `partial` over threads. An item is a group of outputs.
   void (*unpack)(const UnpackArgs&, int64_t begin, int64_t end);
   // out = dropout(convolution of relu(norm(in))). An item is a tile.
   void (*conv)(const ConvArgs&, float* scratch, int64_t begin, int64_t end);
