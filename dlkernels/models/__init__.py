@@ -1,5 +1,16 @@
 """Whole networks, composed of the library's modules."""
 
+from dlkernels.models.efficientnet import (
+    EfficientNet,
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    efficientnet_b5,
+    efficientnet_b6,
+    efficientnet_b7,
+)
 from dlkernels.models.senet import (
     SENet,
     senet154,
@@ -13,6 +24,15 @@ from dlkernels.models.senet import (
 )
 
 __all__ = [
+    "EfficientNet",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
     "SENet",
     "senet154",
     "seresnet18",
