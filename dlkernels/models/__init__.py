@@ -8,6 +8,16 @@ from dlkernels.models.densenet import (
     densenet201,
     densenet264,
     densenet_cifar,
+from dlkernels.models.efficientnet import (
+    EfficientNet,
+    efficientnet_b0,
+    efficientnet_b1,
+    efficientnet_b2,
+    efficientnet_b3,
+    efficientnet_b4,
+    efficientnet_b5,
+    efficientnet_b6,
+    efficientnet_b7,
 )
 from dlkernels.models.senet import (
     SENet,
@@ -23,6 +33,15 @@ from dlkernels.models.senet import (
 
 __all__ = [
     "DenseNet",
+    "EfficientNet",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
     "SENet",
     "densenet121",
     "densenet161",

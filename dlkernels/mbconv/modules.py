@@ -1,0 +1,376 @@
+"""``nn.MBConv`` and ``nn.DepthwiseConvBNAct``, drop-ins for other libraries' blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlkernels.batch_norm_act.modules import (
+    statistics_of,
+    update_running_statistics,
+    values_per_channel,
+)
+from dlkernels.batch_norm_act.op import batch_norm_act
+from dlkernels.checks import check_choice
+from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
+from dlkernels.mbconv.pointwise import Projection, pointwise
+from dlkernels.mbconv.reference import ACTIVATIONS, Norm
+
+SAME = "same"
+GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+
+# The parts of a block, in the order in which it applies them.
+PARTS = (
+    "expand",
+    "expand_norm",
+    "depthwise",
+    "depthwise_norm",
+    "squeeze",
+    "excite",
+    "project",
+    "project_norm",
+)
+
+
+def torchvision_names(expands: bool, squeezes: bool) -> dict[str, str]:
+    """Where torchvision's MBConv, and so its state dict, has each part."""
+    names = {}
+    index = 0
+    if expands:
+        names |= {"expand": "block.0.0", "expand_norm": "block.0.1"}
+        index = 1
+    names |= {"depthwise": f"block.{index}.0", "depthwise_norm": f"block.{index}.1"}
+    if squeezes:
+        index += 1
+        names |= {"squeeze": f"block.{index}.fc1", "excite": f"block.{index}.fc2"}
+    return names | {"project": f"block.{index + 1}.0", "project_norm": f"block.{index + 1}.1"}
+
+
+def timm_names(expands: bool, squeezes: bool) -> dict[str, str]:
+    """Where timm's InvertedResidual, or DepthwiseSeparableConv without expansion, has them."""
+    if expands:
+        names = {"expand": "conv_pw", "expand_norm": "bn1", "depthwise": "conv_dw"}
+        names |= {"depthwise_norm": "bn2", "project": "conv_pwl", "project_norm": "bn3"}
+    else:
+        names = {"depthwise": "conv_dw", "depthwise_norm": "bn1"}
+        names |= {"project": "conv_pw", "project_norm": "bn2"}
+    if squeezes:
+        names |= {"squeeze": "se.conv_reduce", "excite": "se.conv_expand"}
+    return names
+
+
+STYLES = {"torchvision": torchvision_names, "timm": timm_names}
+
+
+def padding_of(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+    """The zeros left, right, above and below: the convolution's own, or TensorFlow's 'same'."""
+    if conv.padding != SAME:
+        vertical, horizontal = (int(side) for side in conv.padding)
+        return horizontal, horizontal, vertical, vertical
+    sides: list[int] = []
+    for extent, size, stride in zip(
+        (x.shape[3], x.shape[2]), reversed(conv.kernel_size), reversed(conv.stride), strict=True
+    ):
+        total = max(0, (-(-extent // stride) - 1) * stride + size - extent)
+        sides += [total // 2, total - total // 2]
+    left, right, top, bottom = sides
+    return left, right, top, bottom
+
+
+def same_depthwise(channels: int, size: int, stride: int, padding: int | str) -> nn.Conv2d:
+    """A depthwise convolution's parameters; 'same' under stride 2 is TensorFlow's."""
+    conv = nn.Conv2d(channels, channels, size, stride, 0, groups=channels, bias=False)
+    conv.padding = (padding, padding) if isinstance(padding, int) else padding
+    return conv
+
+
+def norm_arguments(norm: nn.BatchNorm2d, activation: str) -> Norm:
+    """What the op needs to know of a batch norm."""
+    return Norm(norm.weight, norm.bias, *statistics_of(norm), norm.eps, activation)
+
+
+class DepthwiseConvBNAct(nn.Module):
+    """Depthwise convolution, batch norm and activation in one op.
+
+    State-dict keys are those of ``nn.Sequential(conv, norm)``, and of torchvision's
+    ``Conv2dNormActivation``: ``0.weight``, ``1.weight`` and so on. See
+    :func:`dlkernels.ops.depthwise_conv_bn_act` for what is saved for backward.
+
+    Args:
+        channels: C.
+        kernel_size: 3, 5 or 7.
+        stride: 1 or 2.
+        padding: zeros on each side, or ``"same"`` for TensorFlow's; None for half the kernel.
+        activation: a name that :func:`dlkernels.ops.depthwise_conv_bn_act` knows.
+        eps: of the batch norm.
+        momentum: of the batch norm.
+
+    Raises:
+        ValueError: an unknown activation; sizes are checked when the module is called.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | str | None = None,
+        *,
+        activation: str = "silu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ):
+        super().__init__()
+        check_choice("activation", activation, ACTIVATIONS)
+        sides = kernel_size // 2 if padding is None else padding
+        self.add_module("0", same_depthwise(channels, kernel_size, stride, sides))
+        self.add_module("1", nn.BatchNorm2d(channels, eps, momentum))
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, C, H', W']."""
+        conv, norm = self.get_submodule("0"), self.get_submodule("1")
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        result = depthwise_conv_bn_act(
+            x,
+            conv.weight,
+            norm_arguments(norm, self.activation),
+            stride=conv.stride[0],
+            padding=padding_of(conv, x),
+        )
+        count = values_per_channel(result.out)
+        update_running_statistics(norm, result.mean, result.var, count)
+        return result.out
+
+
+class MBConv(nn.Module):
+    """The inverted residual block with squeeze-and-excitation.
+
+    Sandler et al., "MobileNetV2" (2018), figure 3; Tan and Le, "EfficientNet" (2019), section 4:
+    expansion by a 1x1 convolution, depthwise convolution, squeeze-and-excitation, projection by a
+    1x1 convolution, each convolution followed by a batch norm; the sum with the input where shapes
+    allow it, under stochastic depth.
+
+    Of maps, backward keeps the input and the raw outputs of expansion, depthwise convolution and
+    projection; what batch norms and activations make of them is computed again. Batch norms are
+    folded on the fly, so that nothing can be stale after a parameter or buffer has changed.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        expand_channels: channels of the depthwise convolution; if they are those of the input,
+            there is no expansion.
+        kernel_size: 3, 5 or 7.
+        stride: 1 or 2.
+        squeeze_channels: hidden channels of squeeze-and-excitation; None for none.
+        activation: after expansion and depthwise convolution.
+        squeeze_activation: inside squeeze-and-excitation.
+        gate: ``"sigmoid"`` or ``"hard_sigmoid"``.
+        drop_path: probability that stochastic depth drops a sample's residual.
+        padding: of the depthwise convolution, as in :class:`DepthwiseConvBNAct`.
+        eps: of the batch norms.
+        momentum: of the batch norms.
+        style: the names of the parameters, ``"torchvision"`` or ``"timm"``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        expand_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        squeeze_channels: int | None = None,
+        activation: str = "silu",
+        squeeze_activation: str = "silu",
+        gate: str = "sigmoid",
+        drop_path: float = 0.0,
+        padding: int | str | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        style: str = "torchvision",
+    ):
+        super().__init__()
+        check_choice("style", style, STYLES)
+        middle = expand_channels
+        sides = kernel_size // 2 if padding is None else padding
+        parts: dict[str, nn.Module] = {}
+        if middle != in_channels:
+            parts["expand"] = nn.Conv2d(in_channels, middle, 1, bias=False)
+            parts["expand_norm"] = nn.BatchNorm2d(middle, eps, momentum)
+        parts["depthwise"] = same_depthwise(middle, kernel_size, stride, sides)
+        parts["depthwise_norm"] = nn.BatchNorm2d(middle, eps, momentum)
+        if squeeze_channels is not None:
+            parts["squeeze"] = nn.Conv2d(middle, squeeze_channels, 1)
+            parts["excite"] = nn.Conv2d(squeeze_channels, middle, 1)
+        parts["project"] = nn.Conv2d(middle, out_channels, 1, bias=False)
+        parts["project_norm"] = nn.BatchNorm2d(out_channels, eps, momentum)
+        self._adopt(
+            parts,
+            STYLES[style]("expand" in parts, "squeeze" in parts),
+            residual=stride == 1 and in_channels == out_channels,
+            activation=activation,
+            squeeze_activation=squeeze_activation,
+            gate=gate,
+            drop_path=drop_path,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Mapping[str, nn.Module],
+        names: Mapping[str, str],
+        *,
+        residual: bool,
+        activation: str,
+        squeeze_activation: str = "relu",
+        gate: str = "sigmoid",
+        drop_path: float = 0.0,
+    ) -> MBConv:
+        """Builds the block around layers that exist, which keep their names and parameters.
+
+        Args:
+            parts: for each of the block's parts, see ``PARTS``, its layer; expansion and
+                squeeze-and-excitation may be missing.
+            names: for each part its name in the block, with dots where it lies deeper.
+            residual: whether the input is added.
+            activation: as in the constructor.
+            squeeze_activation: as in the constructor.
+            gate: as in the constructor.
+            drop_path: as in the constructor.
+        """
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block._adopt(
+            parts,
+            names,
+            residual=residual,
+            activation=activation,
+            squeeze_activation=squeeze_activation,
+            gate=gate,
+            drop_path=drop_path,
+        )
+        return block
+
+    def _adopt(
+        self,
+        parts: Mapping[str, nn.Module],
+        names: Mapping[str, str],
+        *,
+        residual: bool,
+        activation: str,
+        squeeze_activation: str,
+        gate: str,
+        drop_path: float,
+    ) -> None:
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("squeeze_activation", squeeze_activation, ("relu", "silu"))
+        check_choice("gate", gate, GATES)
+        self.names = {part: names[part] for part in PARTS if part in parts}
+        self.residual = residual
+        self.activation = activation
+        self.squeeze_activation = squeeze_activation
+        self.gate = gate
+        self.drop_path = drop_path
+        for part, name in self.names.items():
+            parent: nn.Module = self
+            *folders, last = name.split(".")
+            for folder in folders:
+                if folder not in parent._modules:
+                    parent.add_module(folder, nn.Module())
+                parent = parent.get_submodule(folder)
+            parent.add_module(last, parts[part])
+
+    def part(self, name: str) -> Any:
+        """The layer that serves as this part, or None."""
+        return self.get_submodule(self.names[name]) if name in self.names else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [N, C, H, W] to [N, O, H', W']."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        hidden = x
+        before = None
+        if "expand" in self.names:
+            hidden = pointwise(x, _matrix(self.part("expand"), x))
+            before = norm_arguments(self.part("expand_norm"), self.activation)
+        convolved = self._convolve(hidden, before)
+        projected = self._project(convolved)
+        norm = self.part("project_norm")
+        result = batch_norm_act(
+            projected,
+            norm.weight,
+            norm.bias,
+            *statistics_of(norm),
+            x if self.residual else None,
+            self._sample_scale(x),
+            eps=norm.eps,
+        )
+        count = values_per_channel(projected)
+        update_running_statistics(norm, result.mean, result.var, count)
+        return result.out
+
+    def _convolve(self, hidden: Tensor, before: Norm | None) -> DepthwiseOutput:
+        conv, norm = self.part("depthwise"), self.part("depthwise_norm")
+        result = depthwise_conv_bn_act(
+            hidden,
+            conv.weight,
+            norm_arguments(norm, self.activation),
+            before,
+            stride=conv.stride[0],
+            padding=padding_of(conv, hidden),
+            pool="squeeze" in self.names,
+        )
+        update_running_statistics(norm, result.mean, result.var, values_per_channel(result.out))
+        if result.input_mean is not None and result.input_var is not None:
+            update_running_statistics(
+                self.part("expand_norm"),
+                result.input_mean,
+                result.input_var,
+                values_per_channel(hidden),
+            )
+        return result
+
+    def _project(self, convolved: DepthwiseOutput) -> Tensor:
+        x = convolved.out
+        gate = None if convolved.pooled is None else self._gate(convolved.pooled).to(x.dtype)
+        weight = _matrix(self.part("project"), x)
+        if convolved.raw is None or not torch.is_grad_enabled():
+            return pointwise(x, weight, gate)
+        norm = self.part("depthwise_norm")
+        recipe = Norm(
+            norm.weight, norm.bias, convolved.mean, convolved.var, norm.eps, self.activation
+        )
+        return Projection.apply(x, weight, gate, convolved.raw, recipe)
+
+    def _gate(self, pooled: Tensor) -> Tensor:
+        squeeze, excite = self.part("squeeze"), self.part("excite")
+        hidden = F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias)
+        hidden = F.relu(hidden) if self.squeeze_activation == "relu" else F.silu(hidden)
+        return GATES[self.gate](F.linear(hidden, excite.weight.flatten(1), excite.bias))
+
+    def _sample_scale(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth: Huang et al. (2016), scaled so that the expected value stays."""
+        if not self.residual or not self.training or self.drop_path == 0.0:
+            return None
+        keep = 1.0 - self.drop_path
+        scale = torch.zeros(x.shape[0], device=x.device)
+        return scale if keep == 0.0 else scale.bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        """The options, as ``print(module)`` shows them."""
+        return f"activation={self.activation}, residual={self.residual}, drop={self.drop_path}"
+
+
+def _matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The weight [O, C] of a 1x1 convolution, in the dtype of the maps."""
+    return conv.weight.flatten(1).to(x.dtype)

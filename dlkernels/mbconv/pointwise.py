@@ -1,0 +1,86 @@
+"""1x1 convolutions as matrix products, with the gate of squeeze-and-excitation folded in.
+
+PyTorch's matrix product reads maps of either layout as they lie in memory; on CPUs it is faster
+than its convolution. A gate multiplies the input's channels, sample by sample: W diag(s) x is the
+same as scaling x, and moves fewer bytes where a sample has more pixels than W has rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlkernels.batch_norm_act.op import batch_norm_act
+from dlkernels.mbconv.reference import Norm
+from dlkernels.memory_format import memory_format_of
+
+
+def pointwise(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """1x1 convolution of gated maps, without bias.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [O, C], dtype of ``x``.
+        gate: factors [N, C] of the input's channels, or None.
+
+    Returns:
+        [N, O, H, W] in the memory format of ``x``.
+    """
+    if gate is not None and x.shape[2] * x.shape[3] < weight.shape[0]:
+        x, gate = x * gate[:, :, None, None], None
+    if memory_format_of(x) == torch.channels_last:
+        pixels = x.permute(0, 2, 3, 1)
+        if gate is None:
+            return F.linear(pixels, weight).permute(0, 3, 1, 2)
+        rows = torch.bmm(pixels.flatten(1, 2), (weight * gate[:, None]).transpose(1, 2))
+        return rows.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    gated = weight.expand(x.shape[0], -1, -1) if gate is None else weight * gate[:, None]
+    return torch.bmm(gated, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+class Projection(torch.autograd.Function):
+    """:func:`pointwise` that computes its input again in backward instead of saving it.
+
+    The input is what ``norm`` made of ``raw``. Of maps, backward keeps ``raw`` only, which the op
+    before this one keeps anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        raw: Tensor,
+        norm: Norm,
+    ) -> Tensor:
+        """``pointwise(x, weight, gate)``."""
+        ctx.save_for_backward(weight, gate, raw, *norm[:4])
+        ctx.options = norm.eps, norm.activation
+        return pointwise(x, weight, gate)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of x, weight and gate, from the products of each sample."""
+        weight, gate, raw, *values = ctx.saved_tensors
+        eps, activation = ctx.options
+        x = batch_norm_act(raw, *values, eps=eps, activation=activation).out
+        # [N, O, C]: the weight's gradient of each sample, but for the gate.
+        products = torch.bmm(_rows(grad), _rows(x).transpose(1, 2))
+        turned = weight.t().contiguous()
+        if gate is None:
+            return pointwise(grad, turned), products.sum(0), None, None, None
+        grad_x = pointwise(grad, turned).mul_(gate[:, :, None, None])
+        grad_weight = torch.einsum("noc,nc->oc", products, gate)
+        grad_gate = torch.einsum("noc,oc->nc", products, weight)
+        return grad_x, grad_weight, grad_gate, None, None
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """[N, C, H * W] without a copy of maps in either format."""
+    if memory_format_of(maps) == torch.channels_last:
+        return maps.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
+    return maps.contiguous().flatten(2)
