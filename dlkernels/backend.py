@@ -298,6 +298,7 @@ def _missing_kernels(name: str, triton_module: str | None) -> dict[str, str | No
         "triton": triton_module is not None,
         "reference": True,
     }
+
     def reason(backend: str) -> str | None:
         is_known = _missing[backend] in (None, _NO_DEVICE) or backend == "triton"
         if is_known and not has_kernel[backend]:

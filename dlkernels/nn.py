@@ -3,9 +3,16 @@
 from dlkernels.asff.modules import ASFF
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.dense_block.modules import DenseBlock, DenseLayer, Transition
-from dlkernels.squeeze_excite.modules import SqueezeExcite
-
 from dlkernels.mbconv.modules import DepthwiseConvBNAct, MBConv
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
-__all__ = ["ASFF", "BatchNormAct2d", "DenseBlock", "DenseLayer", "DepthwiseConvBNAct", "MBConv", "SqueezeExcite", "Transition"]
+__all__ = [
+    "ASFF",
+    "BatchNormAct2d",
+    "DenseBlock",
+    "DenseLayer",
+    "DepthwiseConvBNAct",
+    "MBConv",
+    "SqueezeExcite",
+    "Transition",
+]
