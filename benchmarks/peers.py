@@ -15,7 +15,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
-from dlkernels.measure import interleaved_medians
+from dlkernels.measure import interleaved_medians, peak_cpu_memory
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 ROUNDS = 15
@@ -49,10 +49,14 @@ def compare(
     inputs: Sequence[Tensor],
     training: bool,
     floor: Callable[[], object],
+    *,
+    memory: bool = False,
+    rounds: int = ROUNDS,
 ) -> None:
     """Times every function on the inputs and adds a row to the summary.
 
-    In training all inputs get gradients, and a call is forward and backward.
+    In training all inputs get gradients, and a call is forward and backward. With ``memory`` the
+    row also shows each function's peak memory, counted exactly (CPU only).
     """
     torch.set_num_threads(2)
     torch._dynamo.reset()
@@ -61,13 +65,15 @@ def compare(
         for name, function in functions.items()
     }
     calls["floor"] = floor
-    medians = interleaved_medians(calls, ROUNDS)
+    medians = interleaved_medians(calls, rounds)
+    peaks = {f"{name} MiB": peak_cpu_memory(calls[name]) / 2**20 for name in functions if memory}
     ours, *peers = functions
     best = min(peers, key=medians.__getitem__)
     rows.append(
         {
             "benchmark": benchmark.name.removeprefix("test_"),
             **{f"{name} ms": 1e3 * medians[name] for name in calls},
+            **peaks,
             "best peer": best,
             "ratio to best": medians[ours] / medians[best],
             "ratio to floor": medians[ours] / medians["floor"],

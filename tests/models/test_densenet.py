@@ -71,8 +71,8 @@ def test_depth():
 @pytest.mark.parametrize("memory", ["balanced", "minimal"])
 def test_a_training_follows_torchvision(memory):
     torch.manual_seed(1)
-    theirs = torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=4)
-    ours = models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=4, memory=memory)
+    theirs = torchvision.models.DenseNet(8, (2, 2, 2), 16, num_classes=4)
+    ours = models.DenseNet(8, (2, 2, 2), 16, num_classes=4, memory=memory)
     ours.load_state_dict(theirs.state_dict())
     images, labels = torch.randn(64, 3, 64, 64), torch.randint(0, 4, (64,))
     images += labels[:, None, None, None] * 0.3

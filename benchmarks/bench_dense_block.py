@@ -1,0 +1,122 @@
+"""dense_block against torchvision (plain and memory_efficient), torch.compile and onnxruntime.
+
+The last benchmark draws peak memory over depth into out/dense_block_memory.png.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import densenet as torchvision_densenet
+
+from benchmarks.peers import DEVICE, FORMATS, compare, rows
+from dlkernels import models, nn
+from dlkernels.measure import peak_cpu_memory
+
+# (layers, C, H = W): the four blocks of DenseNet-121.
+BLOCKS = [(6, 64, 56), (12, 128, 28), (24, 256, 14), (16, 512, 7)]
+DEPTHS = [40, 100, 190]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "x".join(map(str, block)))
+def test_block(benchmark, block, training, memory_format):
+    layers, channels, size = block
+    x = torch.randn(8, channels, size, size, device=DEVICE).contiguous(memory_format=memory_format)
+    theirs = torchvision_densenet._DenseBlock(layers, channels, 4, 32, 0.0)
+    minimal = nn.DenseBlock(layers, channels, 4, 32, memory="minimal")
+    modules = {"balanced": nn.DenseBlock(layers, channels, 4, 32), "minimal": minimal}
+    modules |= {"torchvision": theirs, "torch.compile": torch.compile(theirs)}
+    for module in modules.values():
+        module.to(DEVICE, memory_format=memory_format).train(training)
+    compare(benchmark, modules, (x,), training, floor=x.clone, memory=DEVICE == "cpu", rounds=5)
+
+
+def test_densenet121_training(benchmark):
+    x = torch.randn(8, 3, 224, 224, device=DEVICE)
+    plain = torchvision_densenet.densenet121()
+    peers = {
+        "balanced": models.densenet121(),
+        "minimal": models.densenet121(memory="minimal"),
+        "torchvision": plain,
+        "memory_efficient": torchvision_densenet.densenet121(memory_efficient=True),
+        "torch.compile": torch.compile(torchvision_densenet.densenet121()),
+    }
+    for memory_format in FORMATS:
+        for module in peers.values():
+            module.to(DEVICE, memory_format=memory_format)
+        maps = x.contiguous(memory_format=memory_format)
+        compare(benchmark, peers, (maps,), True, floor=x.clone, memory=DEVICE == "cpu", rounds=5)
+        benchmark._mode = None
+
+
+def test_densenet121_inference(benchmark, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    theirs = torchvision_densenet.densenet121().eval()
+    x = torch.randn(8, 3, 224, 224)
+    path = tmp_path / "densenet121.onnx"
+    torch.onnx.export(theirs, (x,), path, input_names=["x"], verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(path, options)
+    ours = models.densenet121().eval()
+    ours.load_state_dict(theirs.state_dict())
+    channels_last = models.densenet121().eval().to(memory_format=torch.channels_last)
+    channels_last.load_state_dict(theirs.state_dict())
+    functions = {
+        "channels_last": lambda x: channels_last(x.contiguous(memory_format=torch.channels_last)),
+        "contiguous": ours,
+        "torchvision": theirs,
+        "onnxruntime": lambda x: session.run(None, {"x": x.numpy()})[0],
+    }
+    compare(benchmark, functions, (x,), False, floor=x.clone)
+
+
+def test_memory_over_depth(benchmark):
+    """DenseNet-BC on CIFAR's images, k = 12, batch 8: peak memory of a training step."""
+    peaks = {
+        name: [_peak_of_step(depth, memory) for depth in DEPTHS]
+        for name, memory in (
+            ("plain", None),
+            ("dlkernels balanced", "balanced"),
+            ("dlkernels minimal", "minimal"),
+        )
+    }
+    for name, values in peaks.items():
+        exponent = math.log(values[-1] / values[0]) / math.log(DEPTHS[-1] / DEPTHS[0])
+        columns = {f"L={d} MiB": v for d, v in zip(DEPTHS, values, strict=True)}
+        rows.append({"benchmark": f"memory {name}", **columns, "exponent": exponent})
+    _draw(peaks)
+    benchmark.pedantic(lambda: _peak_of_step(DEPTHS[0], "minimal"), rounds=1)
+
+
+def _peak_of_step(depth: int, memory: str | None) -> float:
+    """Mebibytes; the plain network, of torchvision's blocks, where ``memory`` is None."""
+    network = models.densenet_cifar(depth, memory=memory or "balanced")
+    if memory is None:
+        for name, block in list(network.features.named_children()):
+            if isinstance(block, nn.DenseBlock):
+                channels = block.denselayer1.norm1.num_features
+                plain = torchvision_densenet._DenseBlock(len(block), channels, 4, 12, 0.0)
+                setattr(network.features, name, plain)
+    x = torch.randn(8, 3, 32, 32)
+    network(x).sum().backward()
+    return peak_cpu_memory(lambda: network(x).sum().backward()) / 2**20
+
+
+def _draw(peaks: dict[str, list[float]]) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, values in peaks.items():
+        axes.plot(DEPTHS, values, marker="o", label=name)
+    axes.set_xlabel("depth L")
+    axes.set_ylabel("peak memory of a training step (MiB)")
+    axes.set_title("DenseNet-BC (k = 12), 32 x 32, batch 8")
+    axes.legend()
+    path = Path("out/dense_block_memory.png")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
