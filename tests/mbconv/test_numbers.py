@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlkernels import ops
+from dlkernels import ops, use_backend
 from tests.mbconv.cases import CASES, NAMES, as_leaves, make_leaves, norms_of
 from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error
 
@@ -33,6 +33,12 @@ def grads_like(leaves, stride, padding, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_norm):
+    """Within the contract; 16-bit gradients of the input's norm within twice eager's error.
+
+    The batch norm behind makes the result almost independent of the scale before it, whose
+    gradient is then a small difference of large numbers: it is as exact as rounding the
+    convolution's output to 16 bits allows, whoever computes it.
+    """
     shape, size, stride, padding = case
     tensors = make_leaves(shape, size, dtype, memory_format)
     grads = grads_like(as_leaves(tensors, double=True), stride, padding, dtype)
@@ -47,9 +53,15 @@ def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_nor
     for name, a, b in zip(ours._fields, ours, theirs, strict=True):
         if b is not None:
             assert_exact(name, a.to(dtype), b, length)
+    ill_conditioned = input_norm and dtype != torch.float32
     for name, a, b in zip(NAMES, our_grads, their_grads, strict=True):
-        if b is not None:
+        if b is not None and not (ill_conditioned and name.startswith("input_norm")):
             assert_exact(f"gradient of {name}", a.to(dtype), b, length)
+    if ill_conditioned:
+        with use_backend("reference"):
+            _, eager_grads = run(as_leaves(tensors), grads, stride, padding, evaluation)
+        for a, b, exact in zip(our_grads[4:], eager_grads[4:], their_grads[4:], strict=True):
+            assert relative_error(a, exact) <= 2 * relative_error(b, exact)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu", "hardswish", "mish"])

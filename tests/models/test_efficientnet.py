@@ -66,10 +66,15 @@ def test_training_equals_torchvision(memory_format):
     theirs(x.double()).logsumexp(1).sum().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert relative_error(parameter.grad, expected[name].grad) < 1e-4, name
+        exact = expected[name].grad
+        if exact.norm() < 1e-9:
+            # A bias in front of a batch norm has no influence: what is left is rounding.
+            assert parameter.grad.norm() < 1e-4, name
+        else:
+            assert relative_error(parameter.grad, exact) < 1e-4, name
     buffers = dict(theirs.named_buffers())
     for name, buffer in ours.named_buffers():
-        assert relative_error(buffer, buffers[name]) < 1e-6 * 10, name
+        assert relative_error(buffer, buffers[name]) < 1e-6, name
 
 
 def test_activation_memory_of_training():
