@@ -78,7 +78,7 @@ def test_a_training_follows_torchvision(memory):
     images += labels[:, None, None, None] * 0.3
 
     def losses(network):
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.003)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.002)
         for step in range(100):
             batch = slice(step % 4 * 16, step % 4 * 16 + 16)
             loss = F.cross_entropy(network(images[batch]), labels[batch])
