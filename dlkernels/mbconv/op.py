@@ -209,9 +209,7 @@ def _fake(
         (height + top + bottom - size) // stride + 1,
         (width + left + right - size) // stride + 1,
     )
-    out = torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x)
-    )
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     raw = torch.empty_like(out) if keep_raw else x.new_empty((0,))
     pooled = x.new_empty((samples if pool else 0, channels), dtype=torch.float32)
     statistics = (x.new_empty((channels,), dtype=torch.float32) for _ in range(4))

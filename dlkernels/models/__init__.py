@@ -25,6 +25,7 @@ from dlkernels.models.senet import (
 
 __all__ = [
     "EfficientNet",
+    "SENet",
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_b2",
@@ -33,7 +34,6 @@ __all__ = [
     "efficientnet_b5",
     "efficientnet_b6",
     "efficientnet_b7",
-    "SENet",
     "senet154",
     "seresnet18",
     "seresnet34",

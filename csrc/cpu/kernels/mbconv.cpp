@@ -90,11 +90,11 @@ class Scratch {
 // ---- contiguous maps: the planes of a channel ---------------------------
 
 struct ChannelScratch {
-  Rows in;        // pre(x), padded
-  float* row;     // one padded row, before its columns are taken apart
-  float* out;     // one plane of outputs
-  Rows grad;      // of the outputs; data points to the first one
-  Rows residues;  // of the input's gradient, columns taken apart
+  Rows in;          // pre(x), padded
+  float* row;       // one padded row, before its columns are taken apart
+  float* out;       // one plane of outputs
+  Rows grad;        // of the outputs; data points to the first one
+  Rows residues;    // of the input's gradient, columns taken apart
   float* grad_raw;  // of all samples
   float* grad_in;
   int64_t taken;
@@ -109,14 +109,13 @@ struct ChannelScratch {
 
  private:
   void carve_forward(const DepthwiseShape& shape, Scratch& scratch) {
-    const int64_t half =
-        round_up(columns_read(shape) / 2 + 1, kSlack) + kSlack;
-    const int64_t stride =
-        shape.stride == 2 ? 2 * half
-                          : round_up(columns_read(shape), kSlack) + kSlack;
+    const int64_t half = round_up(columns_read(shape) / 2 + 1, kSlack) + kSlack;
+    const int64_t stride = shape.stride == 2
+                               ? 2 * half
+                               : round_up(columns_read(shape), kSlack) + kSlack;
     in = {scratch.take(rows_read(shape) * stride), stride, half};
-    row = scratch.take(
-        shape.pad_left + round_up(shape.width, kSlack) + 2 * half);
+    row =
+        scratch.take(shape.pad_left + round_up(shape.width, kSlack) + 2 * half);
     out = scratch.take(out_area_of(shape));
   }
 
@@ -296,8 +295,7 @@ DLKERNELS_NOINLINE void pre_backward(
     store(grad_x + plane_of(pre, n, c) + i, grad, lanes);
   };
   if (args.has_pre) {
-    channel_backward(
-        pre, act, static_cast<const T*>(pre.x), c, read, write);
+    channel_backward(pre, act, static_cast<const T*>(pre.x), c, read, write);
     return;
   }
   for (int64_t n = 0; n < args.shape.samples; ++n) {
@@ -478,8 +476,7 @@ DLKERNELS_NOINLINE void fill_pixels(
   const auto fitting = [](int64_t read, int64_t pad, int64_t extent) {
     return read - pad < extent ? read - pad : extent;
   };
-  const int64_t height =
-      fitting(rows_read(shape), shape.pad_top, shape.height);
+  const int64_t height = fitting(rows_read(shape), shape.pad_top, shape.height);
   const int64_t width =
       fitting(columns_read(shape), shape.pad_left, shape.width);
   for (int64_t y = 0; y < height; ++y) {
@@ -565,11 +562,7 @@ void infer_last(const Args& args, float* memory, int64_t begin, int64_t end) {
 
 template <typename T, typename Lanes>
 DLKERNELS_INLINE void store_row(
-    const float* row,
-    int64_t width,
-    int64_t channels,
-    T* out,
-    Lanes lanes) {
+    const float* row, int64_t width, int64_t channels, T* out, Lanes lanes) {
   for (int64_t x = 0; x < width; ++x) {
     store(out + x * channels, load(row + x * kGroup), lanes);
   }
@@ -580,25 +573,24 @@ void convolve_last(
   const DepthwiseShape& shape = args.shape;
   const GroupScratch scratch(shape, Scratch(memory), false);
   const Convolution convolution = convolution_of(shape);
-  const auto convolve = [&](int64_t,
-                            const GroupScratch& filled,
-                            const auto& part) {
-    dispatch(shape.dtype, [&](auto* tag) {
-      auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
-      for (int64_t y = 0; y < shape.out_height; ++y) {
-        convolution.row_of_pixels(
-            filled.in, filled.weight, y, shape.out_width, filled.row);
-        const int64_t pixel =
-            (part.sample * shape.out_height + y) * shape.out_width;
-        store_row(
-            filled.row,
-            shape.out_width,
-            shape.channels,
-            raw + pixel * shape.channels,
-            part.lanes);
-      }
-    });
-  };
+  const auto convolve =
+      [&](int64_t, const GroupScratch& filled, const auto& part) {
+        dispatch(shape.dtype, [&](auto* tag) {
+          auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
+          for (int64_t y = 0; y < shape.out_height; ++y) {
+            convolution.row_of_pixels(
+                filled.in, filled.weight, y, shape.out_width, filled.row);
+            const int64_t pixel =
+                (part.sample * shape.out_height + y) * shape.out_width;
+            store_row(
+                filled.row,
+                shape.out_width,
+                shape.channels,
+                raw + pixel * shape.channels,
+                part.lanes);
+          }
+        });
+      };
   for (int64_t item = begin; item < end; ++item) {
     for_each_filled_part(args, scratch, group_of(shape, item), convolve);
   }
@@ -633,8 +625,7 @@ DLKERNELS_NOINLINE void fill_gradient(
       const Vec grad =
           (load(grad_out + i, part.lanes) + pooled) * act.slope(norm(value));
       const Vec deviation = value - norm.mean;
-      store(
-          row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
+      store(row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
     }
   }
 }
