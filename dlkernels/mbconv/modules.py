@@ -21,7 +21,7 @@ from dlkernels.mbconv.pointwise import Projection, pointwise
 from dlkernels.mbconv.reference import ACTIVATIONS, Norm
 
 SAME = "same"
-GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+GATES = ("sigmoid", "hard_sigmoid")
 
 # The parts of a block, in the order in which it applies them.
 PARTS = (
@@ -38,7 +38,7 @@ PARTS = (
 
 def torchvision_names(expands: bool, squeezes: bool) -> dict[str, str]:
     """Where torchvision's MBConv, and so its state dict, has each part."""
-    names = {}
+    names: dict[str, str] = {}
     index = 0
     if expands:
         names |= {"expand": "block.0.0", "expand_norm": "block.0.1"}
@@ -364,7 +364,8 @@ class MBConv(nn.Module):
         squeeze, excite = self.part("squeeze"), self.part("excite")
         hidden = F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias)
         hidden = F.relu(hidden) if self.squeeze_activation == "relu" else F.silu(hidden)
-        return GATES[self.gate](F.linear(hidden, excite.weight.flatten(1), excite.bias))
+        gate = torch.sigmoid if self.gate == "sigmoid" else F.hardsigmoid
+        return gate(F.linear(hidden, excite.weight.flatten(1), excite.bias))
 
     def _sample_scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth: Huang et al. (2016), scaled so that the expected value stays."""

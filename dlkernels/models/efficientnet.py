@@ -172,9 +172,9 @@ class EfficientNet(nn.Module):
         """Images [N, 3, H, W] to logits [N, num_classes]."""
         for stage in list(self.features)[:-1]:
             x = stage(x)
-        conv, norm = self.features[-1]
-        pooled = norm.pooled(conv(x))[1]
-        return self.classifier(pooled)
+        conv, norm = self.features[-1].children()
+        assert isinstance(norm, BatchNormAct2d)
+        return self.classifier(norm.pooled(conv(x))[1])
 
 
 def _convolution(
