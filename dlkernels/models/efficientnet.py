@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.mbconv.modules import MBConv
+from dlkernels.mbconv.pointwise import pointwise
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15
 BASE_RESOLUTION = 224
@@ -173,8 +174,10 @@ class EfficientNet(nn.Module):
         for stage in list(self.features)[:-1]:
             x = stage(x)
         conv, norm = self.features[-1].children()
+        assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, BatchNormAct2d)
-        return self.classifier(norm.pooled(conv(x))[1])
+        raw = pointwise(x, conv.weight.flatten(1).to(x.dtype))
+        return self.classifier(norm.pooled(raw)[1])
 
 
 def _convolution(

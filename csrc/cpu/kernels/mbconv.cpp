@@ -256,6 +256,34 @@ void forward(const Args& args, float* memory, int64_t begin, int64_t end) {
   });
 }
 
+// channel_backward with the gradient of the norm's output kept in scratch
+// memory, float32 planes of all samples, between its two passes.
+template <typename T, typename Act, typename Read, typename Write>
+DLKERNELS_INLINE void channel_backward_in_scratch(
+    const BatchNormActArgs& args,
+    const Act& act,
+    const T* x,
+    int64_t c,
+    float* kept,
+    const Read& grad_out,
+    const Write& write) {
+  const auto gradient = channel_gradient(args, act, x, c);
+  const float mean = args.mean[c];
+  channel_backward(
+      args,
+      c,
+      [&](int64_t n, int64_t i, auto lanes) {
+        const Gradient at = gradient(n, i, grad_out(n, i, lanes), lanes);
+        store(kept + n * args.area + i, at.of_norm, lanes);
+        return at;
+      },
+      [&](int64_t n, int64_t i, auto lanes) {
+        const Vec value = load(x + plane_of(args, n, c) + i, lanes);
+        return Gradient{load(kept + n * args.area + i, lanes), value - mean};
+      },
+      write);
+}
+
 // scratch.grad_raw from the gradient of post's output.
 template <typename T, typename Act>
 DLKERNELS_NOINLINE void post_backward(
@@ -266,11 +294,12 @@ DLKERNELS_NOINLINE void post_backward(
   const BatchNormActArgs& post = args.post;
   const T* grad_out = static_cast<const T*>(post.grad_out);
   set_scale(post, c);
-  channel_backward(
+  channel_backward_in_scratch(
       post,
       act,
       static_cast<const T*>(args.raw),
       c,
+      scratch.grad_raw,
       [&](int64_t n, int64_t i, auto lanes) {
         return load(grad_out + plane_of(post, n, c) + i, lanes);
       },
@@ -295,7 +324,14 @@ DLKERNELS_NOINLINE void pre_backward(
     store(grad_x + plane_of(pre, n, c) + i, grad, lanes);
   };
   if (args.has_pre) {
-    channel_backward(pre, act, static_cast<const T*>(pre.x), c, read, write);
+    channel_backward_in_scratch(
+        pre,
+        act,
+        static_cast<const T*>(pre.x),
+        c,
+        scratch.grad_in,
+        read,
+        write);
     return;
   }
   for (int64_t n = 0; n < args.shape.samples; ++n) {
