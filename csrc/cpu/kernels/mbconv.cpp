@@ -90,11 +90,11 @@ class Scratch {
 // ---- contiguous maps: the planes of a channel ---------------------------
 
 struct ChannelScratch {
-  Rows in;          // pre(x), padded
-  float* row;       // one padded row, before its columns are taken apart
-  float* out;       // one plane of outputs
-  Rows grad;        // of the outputs; data points to the first one
-  Rows residues;    // of the input's gradient, columns taken apart
+  Rows in;        // pre(x), padded
+  Rows whole;     // the same before its columns are taken apart, under stride 2
+  float* out;     // one plane of outputs
+  Rows grad;      // of the outputs; data points to the first one
+  Rows residues;  // of the input's gradient, columns taken apart
   float* grad_raw;  // of all samples
   float* grad_in;
   int64_t taken;
@@ -114,8 +114,11 @@ struct ChannelScratch {
                                ? 2 * half
                                : round_up(columns_read(shape), kSlack) + kSlack;
     in = {scratch.take(rows_read(shape) * stride), stride, half};
-    row =
-        scratch.take(shape.pad_left + round_up(shape.width, kSlack) + 2 * half);
+    if (shape.stride == 2) {
+      const int64_t width =
+          shape.pad_left + round_up(shape.width, kSlack) + 2 * half;
+      whole = {scratch.take(shape.height * width), width, 0};
+    }
     out = scratch.take(out_area_of(shape));
   }
 
@@ -137,7 +140,7 @@ struct ChannelScratch {
   }
 };
 
-// Takes even and odd columns of the scratch row apart.
+// Takes even and odd columns of a row apart.
 DLKERNELS_INLINE void take_apart(
     const float* row, const Rows& in, int64_t pairs, float* target) {
   for (int64_t i = 0; i < pairs; i += kVecSize) {
@@ -163,16 +166,21 @@ DLKERNELS_NOINLINE void fill_plane(
   const int64_t fitting = rows_read(shape) - shape.pad_top;
   const int64_t height = fitting < shape.height ? fitting : shape.height;
   const int64_t pairs = (columns_read(shape) + 1) / 2;
+  // All rows first: reading what was only just stored would wait for it.
+  float* first = shape.stride == 1 ? in.data + shape.pad_top * in.stride
+                                   : scratch.whole.data;
+  const int64_t stride = shape.stride == 1 ? in.stride : scratch.whole.stride;
   for (int64_t y = 0; y < height; ++y) {
-    float* target = in.data + (y + shape.pad_top) * in.stride;
-    float* row = shape.stride == 1 ? target : scratch.row;
     const T* from = x + y * shape.width;
+    float* row = first + y * stride + shape.pad_left;
     for_each_vec(shape.width, [&](int64_t i, auto lanes) {
-      const Vec value = act.value(norm(load(from + i, lanes)));
-      store(row + shape.pad_left + i, value, lanes);
+      store(row + i, act.value(norm(load(from + i, lanes))), lanes);
     });
-    if (shape.stride == 2) {
-      take_apart(row, in, pairs, target);
+  }
+  if (shape.stride == 2) {
+    for (int64_t y = 0; y < height; ++y) {
+      float* target = in.data + (y + shape.pad_top) * in.stride;
+      take_apart(first + y * stride, in, pairs, target);
     }
   }
 }
