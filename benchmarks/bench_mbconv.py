@@ -1,11 +1,17 @@
-"""Depthwise convolution, batch norm and SiLU against eager and torch.compile."""
+"""Depthwise convolution, batch norm and SiLU, and EfficientNet, against their peers."""
+
+import copy
+import io
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from benchmarks.peers import DEVICE, FORMATS, compare
-from dlkernels import ops
+from benchmarks.peers import DEVICE, FORMATS, compare, rows
+from dlkernels import models, ops
+from dlkernels.measure import interleaved_medians, peak_cpu_memory
 
 # (C, H, K, stride): every distinct depthwise convolution of EfficientNet-B0 at 224 px, then of B4
 # at 380 px.
@@ -55,3 +61,76 @@ def test_depthwise_conv_bn_act(benchmark, shape, training, memory_format):
         training=training,
         floor=x.clone,
     )
+
+
+NETWORKS = {"b0": 224, "b4": 380}
+
+
+def step(model, x):
+    """Forward and, in training, backward."""
+    if not model.training:
+        with torch.no_grad():
+            return model(x)
+    model(x).sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return None
+
+
+def onnxruntime_call(model, x):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    buffer = io.BytesIO()
+    torch.onnx.export(model, (x,), buffer, input_names=["x"], verbose=False, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads that spin would slow down whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options)
+    values = x.numpy()
+    return lambda: session.run(None, {"x": values})
+
+
+@pytest.mark.parametrize("mode", ["inference-1", "inference-8", "training-8"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_efficientnet(benchmark, name, mode):
+    """Times, and the memory that a forward pass holds at its peak."""
+    torch.set_num_threads(2)
+    torch._dynamo.reset()
+    kind, batch = mode.split("-")
+    x = torch.randn(int(batch), 3, NETWORKS[name], NETWORKS[name])
+    theirs = getattr(torchvision.models, f"efficientnet_{name}")()
+    ours = getattr(models, f"efficientnet_{name}")()
+    ours.load_state_dict(theirs.state_dict())
+    theirs.train(kind == "training")
+    ours.train(kind == "training")
+
+    def other(model):
+        return copy.deepcopy(model).to(memory_format=torch.channels_last)
+
+    last = x.contiguous(memory_format=torch.channels_last)
+    calls = {
+        "dlkernels": partial(step, ours, x),
+        "dlkernels, channels_last": partial(step, other(ours), last),
+        "eager": partial(step, theirs, x),
+        "eager, channels_last": partial(step, other(theirs), last),
+        "torch.compile": partial(step, torch.compile(other(theirs)), last),
+    }
+    if kind == "inference":
+        calls["onnxruntime"] = onnxruntime_call(theirs, x)
+    medians = interleaved_medians(calls, rounds=5, warmup=1)
+    memory = {
+        label: peak_cpu_memory(lambda model=model: model(x).sum()) / 2**20
+        for label, model in {"dlkernels": ours, "eager": theirs}.items()
+    }
+    fused = min(medians[label] for label in list(calls)[:2])
+    best = min(list(calls)[2:], key=medians.__getitem__)
+    rows.append(
+        {
+            "benchmark": benchmark.name.removeprefix("test_"),
+            **{f"{label} ms": 1e3 * medians[label] for label in calls},
+            "best peer": best,
+            "ratio to best": fused / medians[best],
+            **{f"{label} MiB": memory[label] for label in memory},
+        }
+    )
+    benchmark.pedantic(calls["dlkernels"], rounds=1, iterations=1)

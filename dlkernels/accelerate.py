@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from dlkernels.dense_block.modules import DenseBlock
+from dlkernels.mbconv.modules import MBConv
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
 ACTIVATIONS = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
@@ -36,6 +37,29 @@ BATCH_NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm2d",
     "timm.layers.norm_act.BatchNormAct2d",
 }
+# The inverted residual blocks that are understood: where each says that it adds its input.
+BLOCKS = {
+    "torchvision.models.efficientnet.MBConv": "use_res_connect",
+    "torchvision.models.mobilenetv2.InvertedResidual": "use_res_connect",
+    "torchvision.models.mobilenetv3.InvertedResidual": "use_res_connect",
+    "torchvision.models.mnasnet._InvertedResidual": "apply_residual",
+    "timm.models._efficientnet_blocks.InvertedResidual": "has_skip",
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": "has_skip",
+}
+BLOCK_ACTIVATIONS = {
+    "Identity": "identity",
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "SiLU": "silu",
+    "Swish": "silu",
+    "Hardswish": "hardswish",
+    "HardSwish": "hardswish",
+    "Mish": "mish",
+}
+CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
+NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+# Modules without parameters that the block's own options stand for.
+DROPS = ("StochasticDepth", "DropPath", "Identity", "Dropout")
 NOT_SUPPORTED = {
     "timm.layers.squeeze_excite.EffectiveSEModule": "it has one layer, not two",
     "timm.layers.squeeze_excite.SqueezeExciteCl": "it takes maps of shape [N, H, W, C]",
@@ -75,9 +99,12 @@ def accelerate(model: nn.Module) -> Report:
     """Replaces squeeze-excite modules and dense blocks of a torchvision or timm model, in place.
 
     A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
+    """Replaces blocks of a torchvision or timm model by fused ones, in place.
 
-    The new modules hold the very layers, and so the Parameter objects and state-dict keys, of the
-    old ones: an optimizer that exists stays valid. What can't be proven equal is left.
+    These are the inverted residual blocks of EfficientNet, MobileNetV2, MobileNetV3 and MNASNet,
+    and the squeeze-excite modules of any model. The new modules hold the very layers, and so the
+    Parameter objects and state-dict keys, of the old ones: an optimizer that exists stays valid.
+    What can't be proven equal is left.
 
     Args:
         model: any module; the modules inside it are found by their exact types.
@@ -93,6 +120,8 @@ def accelerate(model: nn.Module) -> Report:
     report = Report(model)
     fused: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
+        if any(name.startswith(f"{swapped}.") for swapped in report.swapped):
+            continue
         reason = _reason_to_leave(name, module)
         if reason is not None:
             report.left[name or "(the model itself)"] = reason
@@ -100,6 +129,10 @@ def accelerate(model: nn.Module) -> Report:
             # A module that the model uses in two places stays one module.
             if id(module) not in fused:
                 fused[id(module)] = FUSE[_type_name(module)](module)
+        elif _type_name(module) in SQUEEZE_EXCITE or _type_name(module) in BLOCKS:
+            # A module that the model uses in two places stays one module.
+            if id(module) not in fused:
+                fused[id(module)] = _fuse(module)
             report.swapped[name] = module
             _replace(model, name, fused[id(module)])
     return report
@@ -169,6 +202,18 @@ def _is_plain_conv(conv: nn.Module, kernel: int) -> bool:
 def _squeeze_excite_differences(module: nn.Module) -> Iterator[str | None]:
     """Reasons why a module of a known type differs from the formula."""
     reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
+    if kind not in SQUEEZE_EXCITE and kind not in BLOCKS:
+        return None
+    if not name:
+        return "it is the model itself; use the module of dlkernels.nn in its place"
+    differences = _block_differences if kind in BLOCKS else _differences
+    return next((reason for reason in differences(module) if reason is not None), None)
+
+
+def _differences(module: nn.Module) -> Iterator[str | None]:
+    """Reasons why a module of a known type differs from the formula."""
+    reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
+    yield from _hooks(module)
     if getattr(module, "add_maxpool", False):
         yield "it adds a max pool to the average"
     if not isinstance(getattr(module, "bn", nn.Identity()), nn.Identity):
@@ -180,6 +225,14 @@ def _squeeze_excite_differences(module: nn.Module) -> Iterator[str | None]:
         yield _layer_difference(name, getattr(module, name))
     yield _choice_difference(activation, getattr(module, activation), ACTIVATIONS)
     yield _choice_difference(gate, getattr(module, gate), GATES)
+
+
+def _hooks(module: nn.Module) -> Iterator[str]:
+    for child in module.modules():
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+            yield "it has hooks, which the fused module would not call"
+        if hasattr(child, "parametrizations"):
+            yield "its parameters are parametrized"
 
 
 def _layer_difference(name: str, layer: nn.Module) -> str | None:
@@ -199,10 +252,15 @@ def _choice_difference(name: str, module: nn.Module, known: dict[str, str]) -> s
     return f"its {name} is {kind}, not one of {', '.join(known)}"
 
 
+def _fuse(module: nn.Module) -> nn.Module:
+    fused = _fuse_block(module) if _type_name(module) in BLOCKS else _fuse_squeeze_excite(module)
+    return fused.train(module.training)
+
+
 def _fuse_squeeze_excite(module: nn.Module) -> SqueezeExcite:
     names = SQUEEZE_EXCITE[_type_name(module)]
     reduce, activation, expand, gate = (getattr(module, name) for name in names)
-    fused = SqueezeExcite.from_layers(
+    return SqueezeExcite.from_layers(
         reduce,
         expand,
         (names[0], names[2]),
@@ -231,3 +289,127 @@ FUSED_NAMES = {
     _fuse_squeeze_excite: "dlkernels.nn.SqueezeExcite",
     _fuse_dense_block: "dlkernels.nn.DenseBlock",
 }
+
+
+# ---- inverted residual blocks -------------------------------------------------------------------
+
+
+def _steps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What a block applies one after the other, with names; an activation in a norm follows it."""
+    for name, child in module.named_children():
+        kind = _type_name(child)
+        if kind in SQUEEZE_EXCITE or kind in CONVOLUTIONS or kind in NORMS:
+            yield prefix + name, child
+            if kind == NORMS[1]:
+                yield f"{prefix}{name}.act", child.act  # type: ignore[misc]
+        elif next(child.children(), None) is not None:
+            yield from _steps(child, f"{prefix}{name}.")
+        elif type(child).__name__ not in DROPS:
+            yield prefix + name, child
+
+
+@dataclass
+class _Block:
+    """The parts of a block as MBConv names them, and the activation after each norm."""
+
+    parts: dict[str, nn.Module] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    activations: dict[str, nn.Module] = field(default_factory=dict)
+    squeeze_excite: nn.Module | None = None
+
+    def add(self, part: str, name: str, module: nn.Module) -> None:
+        self.parts[part] = module
+        self.names[part] = name
+
+
+def _parse_block(module: nn.Module) -> _Block | None:
+    """The block's parts, or None if it does not consist of them."""
+    steps = list(_steps(module))
+    convolutions = [step for step in steps if _type_name(step[1]) in CONVOLUTIONS]
+    roles = ["expand", "depthwise", "project"][-len(convolutions) :]
+    if len(convolutions) not in (2, 3):
+        return None
+    block = _Block()
+    role = ""
+    for name, child in steps:
+        kind = _type_name(child)
+        if kind in CONVOLUTIONS:
+            role = roles.pop(0)
+            block.add(role, name, child)
+        elif kind in NORMS and role and f"{role}_norm" not in block.parts:
+            block.add(f"{role}_norm", name, child)
+        elif kind in SQUEEZE_EXCITE and role == "depthwise" and block.squeeze_excite is None:
+            squeeze, _, excite, _ = SQUEEZE_EXCITE[kind]
+            block.squeeze_excite = child
+            block.add("squeeze", f"{name}.{squeeze}", getattr(child, squeeze))
+            block.add("excite", f"{name}.{excite}", getattr(child, excite))
+        elif f"{role}_norm" in block.parts and role not in block.activations:
+            block.activations[role] = child
+        else:
+            return None
+    parts = set(block.parts)
+    convolved = parts & {"expand", "depthwise", "project"}
+    complete = "depthwise" in block.activations and all(
+        f"{part}_norm" in parts for part in convolved
+    )
+    return block if complete else None
+
+
+def _block_differences(module: nn.Module) -> Iterator[str | None]:
+    """Reasons why a block of a known type differs from MBConv."""
+    yield from _hooks(module)
+    block = _parse_block(module)
+    if block is None:
+        yield "it does not consist of expansion, depthwise convolution and projection"
+        return
+    if block.squeeze_excite is not None:
+        yield from _differences(block.squeeze_excite)
+    for part in ("expand", "project"):
+        if part in block.parts:
+            yield _layer_difference(part, block.parts[part])
+            if getattr(block.parts[part], "bias", None) is not None:
+                yield f"its {part} has a bias"
+    conv = block.parts["depthwise"]
+    assert isinstance(conv, nn.Conv2d)
+    size, stride = conv.kernel_size, conv.stride
+    if conv.groups != conv.in_channels or conv.groups != conv.out_channels:
+        yield "its convolution has other groups than channels"
+    if size not in ((3, 3), (5, 5), (7, 7)) or stride not in ((1, 1), (2, 2)):
+        yield f"its depthwise convolution has size {size} and stride {stride}"
+    if conv.dilation != (1, 1) or conv.bias is not None or conv.padding_mode != "zeros":
+        yield "its depthwise convolution is dilated, has a bias or does not pad with zeros"
+    activations = {role: type(child).__name__ for role, child in block.activations.items()}
+    if activations.pop("project", "Identity") != "Identity":
+        yield "it has an activation behind the projection"
+    if len({activations.get(role) for role in ("expand", "depthwise") if role in block.parts}) > 1:
+        yield "its activations differ"
+    yield _choice_difference("activation", block.activations["depthwise"], BLOCK_ACTIVATIONS)
+
+
+def _fuse_block(module: nn.Module) -> MBConv:
+    block = _parse_block(module)
+    assert block is not None
+    options = {}
+    if block.squeeze_excite is not None:
+        _, activation, _, gate = SQUEEZE_EXCITE[_type_name(block.squeeze_excite)]
+        options = {
+            "squeeze_activation": ACTIVATIONS[
+                type(getattr(block.squeeze_excite, activation)).__name__
+            ],
+            "gate": GATES[type(getattr(block.squeeze_excite, gate)).__name__],
+        }
+    return MBConv.from_parts(
+        block.parts,
+        block.names,
+        residual=bool(getattr(module, BLOCKS[_type_name(module)])),
+        activation=BLOCK_ACTIVATIONS[type(block.activations["depthwise"]).__name__],
+        drop_path=_drop_path(module),
+        same_padding=_type_name(block.parts["depthwise"]) == CONVOLUTIONS[1],
+        **options,
+    )
+
+
+def _drop_path(module: nn.Module) -> float:
+    """The probability of the block's stochastic depth, as torchvision or timm name it."""
+    torchvisions = getattr(getattr(module, "stochastic_depth", None), "p", 0.0)
+    return torchvisions or getattr(getattr(module, "drop_path", None), "drop_prob", None) or 0.0

@@ -11,10 +11,13 @@ from tests.numbers import relative_error
 
 MODELS = {
     "torchvision efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), 16),
-    "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 9),
+    "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 11),
     "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8),
     "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 16),
-    "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 8),
+    "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 15),
+    "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 17),
+    "torchvision mnasnet0_5": (lambda: torchvision.models.mnasnet0_5(), 16),
+    "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 16),
     "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), 8),
 }
 

@@ -160,28 +160,34 @@ struct Gradient {
   Vec deviation;  // x - mean
 };
 
-// grad_out(n, i, lanes) reads the gradient at pixel i of sample n, and
-// write(n, i, grad, lanes) takes that of the input.
-template <typename T, typename Act, typename Read, typename Write>
-DLKERNELS_INLINE void channel_backward(
-    const BatchNormActArgs& args,
-    const Act& act,
-    const T* x,
-    int64_t c,
-    const Read& grad_out,
-    const Write& write) {
+// What backward recomputes at pixel i of sample n from the gradient of out.
+template <typename T, typename Act>
+DLKERNELS_INLINE auto channel_gradient(
+    const BatchNormActArgs& args, const Act& act, const T* x, int64_t c) {
   const ChannelNorm norm(args, c);
-  const auto gradient = [&](int64_t n, int64_t i, auto lanes) {
+  return [=, &args](int64_t n, int64_t i, Vec grad_out, auto lanes) {
     const Vec value = load(x + plane_of(args, n, c) + i, lanes);
-    const Vec grad = (grad_out(n, i, lanes) + pooled_gradient(args, n, c)) *
-                     sample_scale(args, n);
+    const Vec grad =
+        (grad_out + pooled_gradient(args, n, c)) * sample_scale(args, n);
     return Gradient{grad * act.slope(norm(value)), value - norm.mean};
   };
+}
+
+// first(n, i, lanes) gives the Gradient at pixel i of sample n, again(n, i,
+// lanes) the same a second time, and write(n, i, grad, lanes) takes the
+// gradient of the input.
+template <typename First, typename Again, typename Write>
+DLKERNELS_INLINE void channel_backward(
+    const BatchNormActArgs& args,
+    int64_t c,
+    const First& first,
+    const Again& again,
+    const Write& write) {
   double sum_grad = 0.0;
   double sum_deviation = 0.0;
   for (int64_t n = 0; n < args.samples; ++n) {
     const Pair sums = sum_pairs_of(args.area, [&](int64_t i, auto lanes) {
-      const Gradient at = gradient(n, i, lanes);
+      const Gradient at = first(n, i, lanes);
       return VecPair{
           keep(at.of_norm, lanes), keep(at.of_norm * at.deviation, lanes)};
     });
@@ -190,11 +196,12 @@ DLKERNELS_INLINE void channel_backward(
   }
   const InputGradient terms =
       finish_gradients(args, c, sum_grad, sum_deviation);
+  const float scale = args.scale[c];
   for (int64_t n = 0; n < args.samples; ++n) {
     for_each_vec(args.area, [&](int64_t i, auto lanes) {
-      const Gradient at = gradient(n, i, lanes);
+      const Gradient at = again(n, i, lanes);
       const Vec grad = at.of_norm - terms.shift - at.deviation * terms.slope;
-      write(n, i, grad * norm.scale, lanes);
+      write(n, i, grad * scale, lanes);
     });
   }
 }

@@ -8,9 +8,9 @@
 //   inputs of neighbouring outputs are neighbours.
 // * Pixels, for channels_last maps: each pixel is kGroup channels.
 //
-// What depends on the kernel's size and stride is compiled for each of them, and
-// apart from what depends on dtypes and activations: planes of floats come in
-// and go out.
+// What depends on the kernel's size and stride is compiled for each of them,
+// and apart from what depends on dtypes and activations: planes of floats come
+// in and go out.
 //
 // The gradient of the input is, for each residue of row and column modulo the
 // stride, a convolution of stride 1 of the outputs' gradient with the taps of
@@ -232,8 +232,7 @@ DLKERNELS_INLINE void turned_taps(
       const int ky = P + S * (kHigh - 1 - m);
       const int kx = Q + S * (kWide - 1 - l);
       for (int64_t i = 0; i < lanes; ++i) {
-        turned[(m * kWide + l) * lanes + i] =
-            weight[(ky * K + kx) * lanes + i];
+        turned[(m * kWide + l) * lanes + i] = weight[(ky * K + kx) * lanes + i];
       }
     }
   }
@@ -461,7 +460,8 @@ DLKERNELS_NOINLINE void weight_gradient_of_pixels(
 
 // The taps of all residues, turned around, one residue after the other.
 template <int K, int S>
-DLKERNELS_NOINLINE void turn_taps_of_pixels(const float* weight, float* turned) {
+DLKERNELS_NOINLINE void turn_taps_of_pixels(
+    const float* weight, float* turned) {
   turned_taps<K, S, 0, 0>(weight, kGroup, turned);
   if constexpr (S == 2) {
     constexpr int kEven = taps(K, 2, 0);

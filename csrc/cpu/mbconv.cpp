@@ -55,12 +55,7 @@ Tensor empty_outputs(
   const std::array<int64_t, 4> sizes{
       shape.samples, shape.channels, shape.out_height, shape.out_width};
   return torch::stable::empty(
-      sizes,
-      x.scalar_type(),
-      std::nullopt,
-      x.device(),
-      std::nullopt,
-      format);
+      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }
 
 using Pass = void (*)(const MbconvArgs&, float*, int64_t, int64_t);
@@ -163,9 +158,9 @@ depthwise_conv_bn_act(
   const Norm pre = norm_of(
       x,
       format,
-      has_input_norm ? InputNorm{input_weight, input_bias, input_mean,
-                                 input_var, input_eps, input_activation}
-                     : identity_of(x));
+      has_input_norm
+          ? InputNorm{input_weight, input_bias, input_mean, input_var, input_eps, input_activation}
+          : identity_of(x));
   Tensor out = empty_outputs(x, shape, format);
   Tensor raw = keep_raw ? empty_outputs(x, shape, format)
                         : torch::stable::new_empty(x, {0});
@@ -173,8 +168,7 @@ depthwise_conv_bn_act(
       keep_raw ? raw : out,
       format,
       {norm_weight, norm_bias, norm_mean, norm_var, eps, activation});
-  Tensor pooled =
-      empty_float(x, {pool ? shape.samples : 0, shape.channels});
+  Tensor pooled = empty_float(x, {pool ? shape.samples : 0, shape.channels});
   post.args.out = out.mutable_data_ptr();
   post.args.pooled = pool ? pooled.mutable_data_ptr<float>() : nullptr;
   const MbconvArgs args{
@@ -267,9 +261,9 @@ depthwise_conv_bn_act_backward(
   Norm pre = norm_of(
       x,
       format,
-      has_input_norm ? InputNorm{input_weight, input_bias, input_mean,
-                                 input_var, input_eps, input_activation}
-                     : identity_of(x));
+      has_input_norm
+          ? InputNorm{input_weight, input_bias, input_mean, input_var, input_eps, input_activation}
+          : identity_of(x));
   Norm post = norm_of(
       raw,
       format,

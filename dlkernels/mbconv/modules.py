@@ -21,7 +21,7 @@ from dlkernels.mbconv.pointwise import Projection, pointwise
 from dlkernels.mbconv.reference import ACTIVATIONS, Norm
 
 SAME = "same"
-GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+GATES = ("sigmoid", "hard_sigmoid")
 
 # The parts of a block, in the order in which it applies them.
 PARTS = (
@@ -38,7 +38,7 @@ PARTS = (
 
 def torchvision_names(expands: bool, squeezes: bool) -> dict[str, str]:
     """Where torchvision's MBConv, and so its state dict, has each part."""
-    names = {}
+    names: dict[str, str] = {}
     index = 0
     if expands:
         names |= {"expand": "block.0.0", "expand_norm": "block.0.1"}
@@ -66,26 +66,29 @@ def timm_names(expands: bool, squeezes: bool) -> dict[str, str]:
 STYLES = {"torchvision": torchvision_names, "timm": timm_names}
 
 
-def padding_of(conv: nn.Conv2d, x: Tensor) -> tuple[int, int, int, int]:
+def padding_of(conv: nn.Conv2d, x: Tensor, same: bool) -> tuple[int, int, int, int]:
     """The zeros left, right, above and below: the convolution's own, or TensorFlow's 'same'."""
-    if conv.padding != SAME:
+    if not same:
         vertical, horizontal = (int(side) for side in conv.padding)
         return horizontal, horizontal, vertical, vertical
-    sides: list[int] = []
-    for extent, size, stride in zip(
-        (x.shape[3], x.shape[2]), reversed(conv.kernel_size), reversed(conv.stride), strict=True
-    ):
+    size, stride = conv.kernel_size[0], conv.stride[0]
+
+    def sides(extent: int) -> tuple[int, int]:
         total = max(0, (-(-extent // stride) - 1) * stride + size - extent)
-        sides += [total // 2, total - total // 2]
-    left, right, top, bottom = sides
-    return left, right, top, bottom
+        return total // 2, total - total // 2
+
+    return *sides(x.shape[3]), *sides(x.shape[2])
 
 
-def same_depthwise(channels: int, size: int, stride: int, padding: int | str) -> nn.Conv2d:
-    """A depthwise convolution's parameters; 'same' under stride 2 is TensorFlow's."""
-    conv = nn.Conv2d(channels, channels, size, stride, 0, groups=channels, bias=False)
-    conv.padding = (padding, padding) if isinstance(padding, int) else padding
-    return conv
+def depthwise_conv(
+    channels: int, size: int, stride: int, padding: int | str | None
+) -> tuple[nn.Conv2d, bool]:
+    """A depthwise convolution, and whether it is to pad as TensorFlow does."""
+    if isinstance(padding, str):
+        check_choice("padding", padding, (SAME,))
+    zeros = padding if isinstance(padding, int) else size // 2
+    conv = nn.Conv2d(channels, channels, size, stride, zeros, groups=channels, bias=False)
+    return conv, padding == SAME
 
 
 def norm_arguments(norm: nn.BatchNorm2d, activation: str) -> Norm:
@@ -126,8 +129,8 @@ class DepthwiseConvBNAct(nn.Module):
     ):
         super().__init__()
         check_choice("activation", activation, ACTIVATIONS)
-        sides = kernel_size // 2 if padding is None else padding
-        self.add_module("0", same_depthwise(channels, kernel_size, stride, sides))
+        conv, self.same_padding = depthwise_conv(channels, kernel_size, stride, padding)
+        self.add_module("0", conv)
         self.add_module("1", nn.BatchNorm2d(channels, eps, momentum))
         self.activation = activation
 
@@ -141,7 +144,7 @@ class DepthwiseConvBNAct(nn.Module):
             conv.weight,
             norm_arguments(norm, self.activation),
             stride=conv.stride[0],
-            padding=padding_of(conv, x),
+            padding=padding_of(conv, x, self.same_padding),
         )
         count = values_per_channel(result.out)
         update_running_statistics(norm, result.mean, result.var, count)
@@ -178,7 +181,7 @@ class MBConv(nn.Module):
         style: the names of the parameters, ``"torchvision"`` or ``"timm"``.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; sizes are checked when the module is called.
     """
 
     def __init__(
@@ -202,12 +205,11 @@ class MBConv(nn.Module):
         super().__init__()
         check_choice("style", style, STYLES)
         middle = expand_channels
-        sides = kernel_size // 2 if padding is None else padding
         parts: dict[str, nn.Module] = {}
         if middle != in_channels:
             parts["expand"] = nn.Conv2d(in_channels, middle, 1, bias=False)
             parts["expand_norm"] = nn.BatchNorm2d(middle, eps, momentum)
-        parts["depthwise"] = same_depthwise(middle, kernel_size, stride, sides)
+        parts["depthwise"], same = depthwise_conv(middle, kernel_size, stride, padding)
         parts["depthwise_norm"] = nn.BatchNorm2d(middle, eps, momentum)
         if squeeze_channels is not None:
             parts["squeeze"] = nn.Conv2d(middle, squeeze_channels, 1)
@@ -222,6 +224,7 @@ class MBConv(nn.Module):
             squeeze_activation=squeeze_activation,
             gate=gate,
             drop_path=drop_path,
+            same_padding=same,
         )
 
     @classmethod
@@ -235,6 +238,7 @@ class MBConv(nn.Module):
         squeeze_activation: str = "relu",
         gate: str = "sigmoid",
         drop_path: float = 0.0,
+        same_padding: bool = False,
     ) -> MBConv:
         """Builds the block around layers that exist, which keep their names and parameters.
 
@@ -247,6 +251,7 @@ class MBConv(nn.Module):
             squeeze_activation: as in the constructor.
             gate: as in the constructor.
             drop_path: as in the constructor.
+            same_padding: whether the depthwise convolution pads as TensorFlow does.
         """
         block = cls.__new__(cls)
         nn.Module.__init__(block)
@@ -258,6 +263,7 @@ class MBConv(nn.Module):
             squeeze_activation=squeeze_activation,
             gate=gate,
             drop_path=drop_path,
+            same_padding=same_padding,
         )
         return block
 
@@ -271,6 +277,7 @@ class MBConv(nn.Module):
         squeeze_activation: str,
         gate: str,
         drop_path: float,
+        same_padding: bool,
     ) -> None:
         check_choice("activation", activation, ACTIVATIONS)
         check_choice("squeeze_activation", squeeze_activation, ("relu", "silu"))
@@ -281,6 +288,7 @@ class MBConv(nn.Module):
         self.squeeze_activation = squeeze_activation
         self.gate = gate
         self.drop_path = drop_path
+        self.same_padding = same_padding
         for part, name in self.names.items():
             parent: nn.Module = self
             *folders, last = name.split(".")
@@ -327,7 +335,7 @@ class MBConv(nn.Module):
             norm_arguments(norm, self.activation),
             before,
             stride=conv.stride[0],
-            padding=padding_of(conv, hidden),
+            padding=padding_of(conv, hidden, self.same_padding),
             pool="squeeze" in self.names,
         )
         update_running_statistics(norm, result.mean, result.var, values_per_channel(result.out))
@@ -356,7 +364,8 @@ class MBConv(nn.Module):
         squeeze, excite = self.part("squeeze"), self.part("excite")
         hidden = F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias)
         hidden = F.relu(hidden) if self.squeeze_activation == "relu" else F.silu(hidden)
-        return GATES[self.gate](F.linear(hidden, excite.weight.flatten(1), excite.bias))
+        gate = torch.sigmoid if self.gate == "sigmoid" else F.hardsigmoid
+        return gate(F.linear(hidden, excite.weight.flatten(1), excite.bias))
 
     def _sample_scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth: Huang et al. (2016), scaled so that the expected value stays."""

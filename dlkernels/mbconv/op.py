@@ -91,7 +91,7 @@ def depthwise_conv_bn_act(
             option is unknown, or batch statistics are to be taken of a single value per channel.
     """
     check_maps("x", x)
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    sides = [padding] * 4 if isinstance(padding, int) else list(padding)
     height, width = _check_geometry(x, weight, stride, sides)
     _check_norm("norm", norm, x)
     if input_norm is not None:
@@ -104,10 +104,9 @@ def depthwise_conv_bn_act(
             f"{list(x.shape)}"
         )
     if backend.select("depthwise_conv_bn_act", x) == "reference":
-        out, raw, pooled, *statistics = reference.depthwise_conv_bn_act(
-            x, weight, norm, input_norm, stride, sides, pool
-        )
-        return DepthwiseOutput(out, pooled, raw.detach(), *statistics)
+        formula = reference.depthwise_conv_bn_act
+        out, raw, pooled, *statistics = formula(x, weight, norm, input_norm, stride, sides, pool)
+        return DepthwiseOutput(out, pooled, raw.detach(), *statistics)  # type: ignore[arg-type]
     keep_raw = norm.mean is None or (input_norm is not None and input_norm.mean is None)
     keep_raw = keep_raw or _gets_gradient(x, weight, norm, input_norm)
     out, raw, pooled, *statistics = _OP(
@@ -137,9 +136,7 @@ def _arguments(norm: Norm) -> tuple[Any, ...]:
     return (*(as_float(value) for value in norm[:4]), norm.eps, norm.activation)
 
 
-def _check_geometry(
-    x: Tensor, weight: Any, stride: int, padding: tuple[int, ...]
-) -> tuple[int, int]:
+def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> tuple[int, int]:
     """Checks the convolution's arguments and returns the height and width of its output."""
     check_tensor("weight", weight)
     channels = x.shape[1]

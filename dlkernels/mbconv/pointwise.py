@@ -63,7 +63,7 @@ class Projection(torch.autograd.Function):
         return pointwise(x, weight, gate)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight and gate, from the products of each sample."""
         weight, gate, raw, *values = ctx.saved_tensors
         eps, activation = ctx.options

@@ -47,7 +47,7 @@ def depthwise_conv_bn_act(
     norm: Norm,
     input_norm: Norm | None,
     stride: int,
-    padding: tuple[int, int, int, int],
+    padding: list[int],
     pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :func:`dlkernels.ops.depthwise_conv_bn_act`."""

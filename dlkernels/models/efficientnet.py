@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.mbconv.modules import MBConv
+from dlkernels.mbconv.pointwise import pointwise
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15
 BASE_RESOLUTION = 224
@@ -172,9 +173,11 @@ class EfficientNet(nn.Module):
         """Images [N, 3, H, W] to logits [N, num_classes]."""
         for stage in list(self.features)[:-1]:
             x = stage(x)
-        conv, norm = self.features[-1]
-        pooled = norm.pooled(conv(x))[1]
-        return self.classifier(pooled)
+        conv, norm = self.features[-1].children()
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, BatchNormAct2d)
+        raw = pointwise(x, conv.weight.flatten(1).to(x.dtype))
+        return self.classifier(norm.pooled(raw)[1])
 
 
 def _convolution(

@@ -28,14 +28,16 @@ void backward(const Args& args, int64_t begin, int64_t end) {
     auto* grad_x = static_cast<decltype(tag)>(args.grad_x);
     for (int64_t c = begin; c < end; ++c) {
       set_scale(args, c);
+      const auto gradient = channel_gradient(args, act, x, c);
+      const auto recomputed = [&](int64_t n, int64_t i, auto lanes) {
+        const Vec grad = load(grad_out + plane_of(args, n, c) + i, lanes);
+        return gradient(n, i, grad, lanes);
+      };
       channel_backward(
           args,
-          act,
-          x,
           c,
-          [&](int64_t n, int64_t i, auto lanes) {
-            return load(grad_out + plane_of(args, n, c) + i, lanes);
-          },
+          recomputed,
+          recomputed,
           [&](int64_t n, int64_t i, Vec grad, auto lanes) {
             store(grad_x + plane_of(args, n, c) + i, grad, lanes);
           });

@@ -91,7 +91,7 @@ class Scratch {
 
 struct ChannelScratch {
   Rows in;        // pre(x), padded
-  float* row;     // one padded row, before its columns are taken apart
+  Rows whole;     // the same before its columns are taken apart, under stride 2
   float* out;     // one plane of outputs
   Rows grad;      // of the outputs; data points to the first one
   Rows residues;  // of the input's gradient, columns taken apart
@@ -109,14 +109,16 @@ struct ChannelScratch {
 
  private:
   void carve_forward(const DepthwiseShape& shape, Scratch& scratch) {
-    const int64_t half =
-        round_up(columns_read(shape) / 2 + 1, kSlack) + kSlack;
-    const int64_t stride =
-        shape.stride == 2 ? 2 * half
-                          : round_up(columns_read(shape), kSlack) + kSlack;
+    const int64_t half = round_up(columns_read(shape) / 2 + 1, kSlack) + kSlack;
+    const int64_t stride = shape.stride == 2
+                               ? 2 * half
+                               : round_up(columns_read(shape), kSlack) + kSlack;
     in = {scratch.take(rows_read(shape) * stride), stride, half};
-    row = scratch.take(
-        shape.pad_left + round_up(shape.width, kSlack) + 2 * half);
+    if (shape.stride == 2) {
+      const int64_t width =
+          shape.pad_left + round_up(shape.width, kSlack) + 2 * half;
+      whole = {scratch.take(shape.height * width), width, 0};
+    }
     out = scratch.take(out_area_of(shape));
   }
 
@@ -138,7 +140,7 @@ struct ChannelScratch {
   }
 };
 
-// Takes even and odd columns of the scratch row apart.
+// Takes even and odd columns of a row apart.
 DLKERNELS_INLINE void take_apart(
     const float* row, const Rows& in, int64_t pairs, float* target) {
   for (int64_t i = 0; i < pairs; i += kVecSize) {
@@ -164,16 +166,21 @@ DLKERNELS_NOINLINE void fill_plane(
   const int64_t fitting = rows_read(shape) - shape.pad_top;
   const int64_t height = fitting < shape.height ? fitting : shape.height;
   const int64_t pairs = (columns_read(shape) + 1) / 2;
+  // All rows first: reading what was only just stored would wait for it.
+  float* first = shape.stride == 1 ? in.data + shape.pad_top * in.stride
+                                   : scratch.whole.data;
+  const int64_t stride = shape.stride == 1 ? in.stride : scratch.whole.stride;
   for (int64_t y = 0; y < height; ++y) {
-    float* target = in.data + (y + shape.pad_top) * in.stride;
-    float* row = shape.stride == 1 ? target : scratch.row;
     const T* from = x + y * shape.width;
+    float* row = first + y * stride + shape.pad_left;
     for_each_vec(shape.width, [&](int64_t i, auto lanes) {
-      const Vec value = act.value(norm(load(from + i, lanes)));
-      store(row + shape.pad_left + i, value, lanes);
+      store(row + i, act.value(norm(load(from + i, lanes))), lanes);
     });
-    if (shape.stride == 2) {
-      take_apart(row, in, pairs, target);
+  }
+  if (shape.stride == 2) {
+    for (int64_t y = 0; y < height; ++y) {
+      float* target = in.data + (y + shape.pad_top) * in.stride;
+      take_apart(first + y * stride, in, pairs, target);
     }
   }
 }
@@ -257,6 +264,34 @@ void forward(const Args& args, float* memory, int64_t begin, int64_t end) {
   });
 }
 
+// channel_backward with the gradient of the norm's output kept in scratch
+// memory, float32 planes of all samples, between its two passes.
+template <typename T, typename Act, typename Read, typename Write>
+DLKERNELS_INLINE void channel_backward_in_scratch(
+    const BatchNormActArgs& args,
+    const Act& act,
+    const T* x,
+    int64_t c,
+    float* kept,
+    const Read& grad_out,
+    const Write& write) {
+  const auto gradient = channel_gradient(args, act, x, c);
+  const float mean = args.mean[c];
+  channel_backward(
+      args,
+      c,
+      [&](int64_t n, int64_t i, auto lanes) {
+        const Gradient at = gradient(n, i, grad_out(n, i, lanes), lanes);
+        store(kept + n * args.area + i, at.of_norm, lanes);
+        return at;
+      },
+      [&](int64_t n, int64_t i, auto lanes) {
+        const Vec value = load(x + plane_of(args, n, c) + i, lanes);
+        return Gradient{load(kept + n * args.area + i, lanes), value - mean};
+      },
+      write);
+}
+
 // scratch.grad_raw from the gradient of post's output.
 template <typename T, typename Act>
 DLKERNELS_NOINLINE void post_backward(
@@ -267,11 +302,12 @@ DLKERNELS_NOINLINE void post_backward(
   const BatchNormActArgs& post = args.post;
   const T* grad_out = static_cast<const T*>(post.grad_out);
   set_scale(post, c);
-  channel_backward(
+  channel_backward_in_scratch(
       post,
       act,
       static_cast<const T*>(args.raw),
       c,
+      scratch.grad_raw,
       [&](int64_t n, int64_t i, auto lanes) {
         return load(grad_out + plane_of(post, n, c) + i, lanes);
       },
@@ -296,8 +332,14 @@ DLKERNELS_NOINLINE void pre_backward(
     store(grad_x + plane_of(pre, n, c) + i, grad, lanes);
   };
   if (args.has_pre) {
-    channel_backward(
-        pre, act, static_cast<const T*>(pre.x), c, read, write);
+    channel_backward_in_scratch(
+        pre,
+        act,
+        static_cast<const T*>(pre.x),
+        c,
+        scratch.grad_in,
+        read,
+        write);
     return;
   }
   for (int64_t n = 0; n < args.shape.samples; ++n) {
@@ -478,8 +520,7 @@ DLKERNELS_NOINLINE void fill_pixels(
   const auto fitting = [](int64_t read, int64_t pad, int64_t extent) {
     return read - pad < extent ? read - pad : extent;
   };
-  const int64_t height =
-      fitting(rows_read(shape), shape.pad_top, shape.height);
+  const int64_t height = fitting(rows_read(shape), shape.pad_top, shape.height);
   const int64_t width =
       fitting(columns_read(shape), shape.pad_left, shape.width);
   for (int64_t y = 0; y < height; ++y) {
@@ -565,11 +606,7 @@ void infer_last(const Args& args, float* memory, int64_t begin, int64_t end) {
 
 template <typename T, typename Lanes>
 DLKERNELS_INLINE void store_row(
-    const float* row,
-    int64_t width,
-    int64_t channels,
-    T* out,
-    Lanes lanes) {
+    const float* row, int64_t width, int64_t channels, T* out, Lanes lanes) {
   for (int64_t x = 0; x < width; ++x) {
     store(out + x * channels, load(row + x * kGroup), lanes);
   }
@@ -580,25 +617,24 @@ void convolve_last(
   const DepthwiseShape& shape = args.shape;
   const GroupScratch scratch(shape, Scratch(memory), false);
   const Convolution convolution = convolution_of(shape);
-  const auto convolve = [&](int64_t,
-                            const GroupScratch& filled,
-                            const auto& part) {
-    dispatch(shape.dtype, [&](auto* tag) {
-      auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
-      for (int64_t y = 0; y < shape.out_height; ++y) {
-        convolution.row_of_pixels(
-            filled.in, filled.weight, y, shape.out_width, filled.row);
-        const int64_t pixel =
-            (part.sample * shape.out_height + y) * shape.out_width;
-        store_row(
-            filled.row,
-            shape.out_width,
-            shape.channels,
-            raw + pixel * shape.channels,
-            part.lanes);
-      }
-    });
-  };
+  const auto convolve =
+      [&](int64_t, const GroupScratch& filled, const auto& part) {
+        dispatch(shape.dtype, [&](auto* tag) {
+          auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
+          for (int64_t y = 0; y < shape.out_height; ++y) {
+            convolution.row_of_pixels(
+                filled.in, filled.weight, y, shape.out_width, filled.row);
+            const int64_t pixel =
+                (part.sample * shape.out_height + y) * shape.out_width;
+            store_row(
+                filled.row,
+                shape.out_width,
+                shape.channels,
+                raw + pixel * shape.channels,
+                part.lanes);
+          }
+        });
+      };
   for (int64_t item = begin; item < end; ++item) {
     for_each_filled_part(args, scratch, group_of(shape, item), convolve);
   }
@@ -633,8 +669,7 @@ DLKERNELS_NOINLINE void fill_gradient(
       const Vec grad =
           (load(grad_out + i, part.lanes) + pooled) * act.slope(norm(value));
       const Vec deviation = value - norm.mean;
-      store(
-          row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
+      store(row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
     }
   }
 }
