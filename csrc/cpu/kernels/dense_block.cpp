@@ -254,7 +254,9 @@ void pack_taps(const PackArgs& args, int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kChannelGroup;
       if (args.transposed) {
-        pack_transposed<kTaps>(args, weight, first, first + kChannelGroup);
+        for (int64_t in = first; in < first + kChannelGroup; in += kVecSize) {
+          pack_transposed<kTaps>(args, weight, in, in + kVecSize);
+        }
       } else {
         pack_forward<kTaps>(args, weight, first, first + kChannelGroup);
       }
