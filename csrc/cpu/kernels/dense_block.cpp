@@ -254,7 +254,9 @@ void pack_taps(const PackArgs& args, int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const int64_t first = group * kChannelGroup;
       if (args.transposed) {
-        pack_transposed<kTaps>(args, weight, first, first + kChannelGroup);
+        for (int64_t in = first; in < first + kChannelGroup; in += kVecSize) {
+          pack_transposed<kTaps>(args, weight, in, in + kVecSize);
+        }
       } else {
         pack_forward<kTaps>(args, weight, first, first + kChannelGroup);
       }
@@ -413,6 +415,10 @@ void clear_padding(const Tile& tile, float* block, int64_t channels) {
 
 // ---- maps in either layout ----------------------------------------------
 
+// In channels_last maps a slice is a short stretch of every pixel, which the
+// hardware does not see coming: lines are fetched this many pixels ahead.
+constexpr int64_t kPrefetchPixels = 8;
+
 // Calls body(pixel, channel, values, lanes) with vectors of channels for all of
 // the run's pixels and for the channels [first, first + count) of the slice;
 // pixel and channel count from the run's and from `first`.
@@ -431,7 +437,9 @@ DLKERNELS_INLINE void read_run(
     data += (run.sample * area + run.pixel) * slice.channels + channel;
     for (int64_t i = 0; i < run.count; ++i) {
       const T* pixel = data + i * slice.channels;
+      const T* ahead = pixel + kPrefetchPixels * slice.channels;
       for_each_vec(count, [&](int64_t c, auto lanes) {
+        __builtin_prefetch(ahead + c);
         body(i, c, load(pixel + c, lanes), lanes);
       });
     }
@@ -471,7 +479,9 @@ DLKERNELS_INLINE void write_run(
     data += (run.sample * area + run.pixel) * slice.channels + channel;
     for (int64_t i = 0; i < run.count; ++i) {
       T* pixel = data + i * slice.channels;
+      const T* ahead = pixel + kPrefetchPixels * slice.channels;
       for_each_vec(count, [&](int64_t c, auto lanes) {
+        __builtin_prefetch(ahead + c, 1);
         store(pixel + c, value(i, c, lanes), lanes);
       });
     }
