@@ -57,7 +57,6 @@ BLOCK_ACTIVATIONS = {
     "Mish": "mish",
 }
 CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
-NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 # Modules without parameters that the block's own options stand for.
 DROPS = ("StochasticDepth", "DropPath", "Identity", "Dropout")
 NOT_SUPPORTED = {
@@ -96,15 +95,13 @@ class Report:
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Replaces squeeze-excite modules and dense blocks of a torchvision or timm model, in place.
-
-    A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
     """Replaces blocks of a torchvision or timm model by fused ones, in place.
 
-    These are the inverted residual blocks of EfficientNet, MobileNetV2, MobileNetV3 and MNASNet,
-    and the squeeze-excite modules of any model. The new modules hold the very layers, and so the
-    Parameter objects and state-dict keys, of the old ones: an optimizer that exists stays valid.
-    What can't be proven equal is left.
+    These are squeeze-excite modules, dense blocks, and the inverted residual blocks of
+    EfficientNet, MobileNetV2, MobileNetV3 and MNASNet. A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
+
+    The new modules hold the very layers, and so the Parameter objects and state-dict keys, of the
+    old ones: an optimizer that exists stays valid. What can't be proven equal is left.
 
     Args:
         model: any module; the modules inside it are found by their exact types.
@@ -129,10 +126,6 @@ def accelerate(model: nn.Module) -> Report:
             # A module that the model uses in two places stays one module.
             if id(module) not in fused:
                 fused[id(module)] = FUSE[_type_name(module)](module)
-        elif _type_name(module) in SQUEEZE_EXCITE or _type_name(module) in BLOCKS:
-            # A module that the model uses in two places stays one module.
-            if id(module) not in fused:
-                fused[id(module)] = _fuse(module)
             report.swapped[name] = module
             _replace(model, name, fused[id(module)])
     return report
@@ -155,9 +148,16 @@ def _reason_to_leave(name: str, module: nn.Module) -> str | None:
         return None
     if not name:
         return f"it is the model itself; use {FUSED_NAMES[FUSE[kind]]} in its place"
-    find = _dense_differences if kind in DENSE_BLOCKS else _squeeze_excite_differences
-    reasons = (*_shared_differences(module), *find(module))
+    reasons = (*_shared_differences(module), *_own_differences(kind, module))
     return next((reason for reason in reasons if reason is not None), None)
+
+
+def _own_differences(kind: str, module: nn.Module) -> Iterator[str | None]:
+    if kind in BLOCKS:
+        return _block_differences(module)
+    return (
+        _dense_differences(module) if kind in DENSE_BLOCKS else _squeeze_excite_differences(module)
+    )
 
 
 def _shared_differences(module: nn.Module) -> Iterator[str]:
@@ -168,7 +168,7 @@ def _shared_differences(module: nn.Module) -> Iterator[str]:
             yield "its parameters are parametrized"
 
 
-def _dense_differences(block: nn.Module) -> Iterator[str]:
+def _dense_differences(block: nn.Module) -> Iterator[str | None]:
     """Reasons why a dense block of a known type differs from the formula."""
     layer: Any
     for name, layer in block.named_children():
@@ -202,18 +202,6 @@ def _is_plain_conv(conv: nn.Module, kernel: int) -> bool:
 def _squeeze_excite_differences(module: nn.Module) -> Iterator[str | None]:
     """Reasons why a module of a known type differs from the formula."""
     reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
-    if kind not in SQUEEZE_EXCITE and kind not in BLOCKS:
-        return None
-    if not name:
-        return "it is the model itself; use the module of dlkernels.nn in its place"
-    differences = _block_differences if kind in BLOCKS else _differences
-    return next((reason for reason in differences(module) if reason is not None), None)
-
-
-def _differences(module: nn.Module) -> Iterator[str | None]:
-    """Reasons why a module of a known type differs from the formula."""
-    reduce, activation, expand, gate = SQUEEZE_EXCITE[_type_name(module)]
-    yield from _hooks(module)
     if getattr(module, "add_maxpool", False):
         yield "it adds a max pool to the average"
     if not isinstance(getattr(module, "bn", nn.Identity()), nn.Identity):
@@ -225,14 +213,6 @@ def _differences(module: nn.Module) -> Iterator[str | None]:
         yield _layer_difference(name, getattr(module, name))
     yield _choice_difference(activation, getattr(module, activation), ACTIVATIONS)
     yield _choice_difference(gate, getattr(module, gate), GATES)
-
-
-def _hooks(module: nn.Module) -> Iterator[str]:
-    for child in module.modules():
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
-            yield "it has hooks, which the fused module would not call"
-        if hasattr(child, "parametrizations"):
-            yield "its parameters are parametrized"
 
 
 def _layer_difference(name: str, layer: nn.Module) -> str | None:
@@ -252,15 +232,10 @@ def _choice_difference(name: str, module: nn.Module, known: dict[str, str]) -> s
     return f"its {name} is {kind}, not one of {', '.join(known)}"
 
 
-def _fuse(module: nn.Module) -> nn.Module:
-    fused = _fuse_block(module) if _type_name(module) in BLOCKS else _fuse_squeeze_excite(module)
-    return fused.train(module.training)
-
-
 def _fuse_squeeze_excite(module: nn.Module) -> SqueezeExcite:
     names = SQUEEZE_EXCITE[_type_name(module)]
     reduce, activation, expand, gate = (getattr(module, name) for name in names)
-    return SqueezeExcite.from_layers(
+    fused = SqueezeExcite.from_layers(
         reduce,
         expand,
         (names[0], names[2]),
@@ -281,16 +256,6 @@ def _fuse_dense_block(block: nn.Module) -> DenseBlock:
     return fused.train(block.training)
 
 
-FUSE: dict[str, Callable[[nn.Module], nn.Module]] = {
-    **dict.fromkeys(SQUEEZE_EXCITE, _fuse_squeeze_excite),
-    **dict.fromkeys(DENSE_BLOCKS, _fuse_dense_block),
-}
-FUSED_NAMES = {
-    _fuse_squeeze_excite: "dlkernels.nn.SqueezeExcite",
-    _fuse_dense_block: "dlkernels.nn.DenseBlock",
-}
-
-
 # ---- inverted residual blocks -------------------------------------------------------------------
 
 
@@ -298,9 +263,9 @@ def _steps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     """What a block applies one after the other, with names; an activation in a norm follows it."""
     for name, child in module.named_children():
         kind = _type_name(child)
-        if kind in SQUEEZE_EXCITE or kind in CONVOLUTIONS or kind in NORMS:
+        if kind in SQUEEZE_EXCITE or kind in CONVOLUTIONS or kind in BATCH_NORMS:
             yield prefix + name, child
-            if kind == NORMS[1]:
+            if kind.startswith("timm."):
                 yield f"{prefix}{name}.act", child.act  # type: ignore[misc]
         elif next(child.children(), None) is not None:
             yield from _steps(child, f"{prefix}{name}.")
@@ -336,7 +301,7 @@ def _parse_block(module: nn.Module) -> _Block | None:
         if kind in CONVOLUTIONS:
             role = roles.pop(0)
             block.add(role, name, child)
-        elif kind in NORMS and role and f"{role}_norm" not in block.parts:
+        elif kind in BATCH_NORMS and role and f"{role}_norm" not in block.parts:
             block.add(f"{role}_norm", name, child)
         elif kind in SQUEEZE_EXCITE and role == "depthwise" and block.squeeze_excite is None:
             squeeze, _, excite, _ = SQUEEZE_EXCITE[kind]
@@ -357,13 +322,12 @@ def _parse_block(module: nn.Module) -> _Block | None:
 
 def _block_differences(module: nn.Module) -> Iterator[str | None]:
     """Reasons why a block of a known type differs from MBConv."""
-    yield from _hooks(module)
     block = _parse_block(module)
     if block is None:
         yield "it does not consist of expansion, depthwise convolution and projection"
         return
     if block.squeeze_excite is not None:
-        yield from _differences(block.squeeze_excite)
+        yield from _squeeze_excite_differences(block.squeeze_excite)
     for part in ("expand", "project"):
         if part in block.parts:
             yield _layer_difference(part, block.parts[part])
@@ -398,7 +362,7 @@ def _fuse_block(module: nn.Module) -> MBConv:
             ],
             "gate": GATES[type(getattr(block.squeeze_excite, gate)).__name__],
         }
-    return MBConv.from_parts(
+    fused = MBConv.from_parts(
         block.parts,
         block.names,
         residual=bool(getattr(module, BLOCKS[_type_name(module)])),
@@ -407,9 +371,22 @@ def _fuse_block(module: nn.Module) -> MBConv:
         same_padding=_type_name(block.parts["depthwise"]) == CONVOLUTIONS[1],
         **options,
     )
+    return fused.train(module.training)
 
 
 def _drop_path(module: nn.Module) -> float:
     """The probability of the block's stochastic depth, as torchvision or timm name it."""
     torchvisions = getattr(getattr(module, "stochastic_depth", None), "p", 0.0)
     return torchvisions or getattr(getattr(module, "drop_path", None), "drop_prob", None) or 0.0
+
+
+FUSE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **dict.fromkeys(SQUEEZE_EXCITE, _fuse_squeeze_excite),
+    **dict.fromkeys(DENSE_BLOCKS, _fuse_dense_block),
+    **dict.fromkeys(BLOCKS, _fuse_block),
+}
+FUSED_NAMES = {
+    _fuse_squeeze_excite: "dlkernels.nn.SqueezeExcite",
+    _fuse_dense_block: "dlkernels.nn.DenseBlock",
+    _fuse_block: "dlkernels.nn.MBConv",
+}
