@@ -98,7 +98,8 @@ def accelerate(model: nn.Module) -> Report:
     """Replaces blocks of a torchvision or timm model by fused ones, in place.
 
     These are squeeze-excite modules, dense blocks, and the inverted residual blocks of
-    EfficientNet, MobileNetV2, MobileNetV3 and MNASNet. A dense block whose layers checkpoint gets ``memory="minimal"``, others ``"balanced"``.
+    EfficientNet, MobileNetV2, MobileNetV3 and MNASNet. A dense block whose layers checkpoint gets
+    ``memory="minimal"``, others ``"balanced"``.
 
     The new modules hold the very layers, and so the Parameter objects and state-dict keys, of the
     old ones: an optimizer that exists stays valid. What can't be proven equal is left.
@@ -265,7 +266,7 @@ def _steps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         kind = _type_name(child)
         if kind in SQUEEZE_EXCITE or kind in CONVOLUTIONS or kind in BATCH_NORMS:
             yield prefix + name, child
-            if kind.startswith("timm."):
+            if kind == "timm.layers.norm_act.BatchNormAct2d":
                 yield f"{prefix}{name}.act", child.act  # type: ignore[misc]
         elif next(child.children(), None) is not None:
             yield from _steps(child, f"{prefix}{name}.")
