@@ -192,7 +192,7 @@ def test_detections_equal_plain_loops():
     actual = tiny(post_processing=post).get_bboxes(outputs, IMAGE_SIZES)
     expected = plain_detections(outputs, IMAGE_SIZES, 0.5, 40, 0.4, 30)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert len(theirs) == 30
+        assert 20 < len(theirs) <= 30
         assert ours["labels"].tolist() == [label for _, label, _ in theirs]
         torch.testing.assert_close(ours["scores"], torch.tensor([score for score, _, _ in theirs]))
         boxes = torch.tensor([box for _, _, box in theirs])
