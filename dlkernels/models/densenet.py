@@ -57,7 +57,9 @@ class DenseNet(nn.Module):
             self.features.add_module(f"denseblock{index}", block)
             channels += layers * growth_rate
             if index < len(block_config):
-                self.features.add_module(f"transition{index}", Transition(channels, channels // 2))
+                self.features.add_module(
+                    f"transition{index}", Transition(channels, channels // 2)
+                )
                 channels //= 2
         self.features.add_module("norm5", nn.BatchNorm2d(channels))
         self.classifier = nn.Linear(channels, num_classes)
@@ -140,4 +142,6 @@ def densenet_cifar(depth: int = 100, growth_rate: int = 12, **options: Any) -> D
         raise ValueError(f"depth must be 4 plus a positive multiple of 6, but is {depth}")
     layers = (depth - 4) // 6
     options = {"num_classes": 10, **options}
-    return DenseNet(growth_rate, (layers,) * 3, 2 * growth_rate, small_images=True, **options)
+    return DenseNet(
+        growth_rate, (layers,) * 3, 2 * growth_rate, small_images=True, **options
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ BOX_LOSS_WEIGHT = 2.0
 PRIOR_PROBABILITY = 0.01  # of each class at the start of training: focal loss, section 4.1
 
 # RetinaNet gives every box an anchor, however little they overlap.
-ASSIGNERS = {
+ASSIGNERS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "atss": ops.atss_assign,
     "max_iou": partial(ops.max_iou_assign, low_quality=True),
     "fcos": ops.fcos_assign,
@@ -88,7 +88,7 @@ class ATSS(Detector):
         channels: int = 256,
         stacked_convs: int = 4,
         assigner: str = "atss",
-        post_processing: PostProcessing = PostProcessing(),
+        post_processing: PostProcessing | None = None,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
@@ -103,7 +103,7 @@ class ATSS(Detector):
         if channels < 8 or channels % 8 != 0:
             raise ValueError(f"channels must be a positive multiple of 8, but is {channels}")
         self.assigner = assigner
-        self.post_processing = post_processing
+        self.post_processing = post_processing or PostProcessing()
         self.backbone = backbone or Backbone.of(resnet50(weights=None))
         self.neck = FeaturePyramidNetwork(
             list(self.backbone.channels), channels, CoarserLevels(channels)
@@ -187,10 +187,11 @@ class CoarserLevels(ExtraFPNBlock):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2))
-        for conv in self.convs:
+        convs = [nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2)]
+        for conv in convs:
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
+            conv.bias.data.zero_()
+        self.convs = nn.ModuleList(convs)
 
     def forward(
         self, results: list[Tensor], x: list[Tensor], names: list[str]
@@ -225,7 +226,7 @@ class Head(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         prior_logit = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
-        nn.init.constant_(self.class_logits.bias, prior_logit)
+        self.class_logits.bias.data.fill_(prior_logit)
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         """Maps [N, channels, H, W] of the five levels to raw outputs."""
