@@ -253,7 +253,7 @@ def test_it_learns_to_find_rectangles():
         rectangles(100, 100, (4, 60, 40, 96), (56, 50, 84, 84), (30, 8, 80, 40)),
         strict=True,
     )
-    model = tiny(channels=32, stacked_convs=1, min_size=96, max_size=112).train()
+    model = tiny(channels=64).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     history = []
     for _ in range(120):
