@@ -190,8 +190,7 @@ class CoarserLevels(ExtraFPNBlock):
         convs = [nn.Conv2d(channels, channels, 3, 2, 1) for _ in range(2)]
         for conv in convs:
             nn.init.kaiming_uniform_(conv.weight, a=1)
-            assert conv.bias is not None
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.get_parameter("bias"))
         self.convs = nn.ModuleList(convs)
 
     def forward(
@@ -227,8 +226,7 @@ class Head(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         prior_logit = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
-        assert self.class_logits.bias is not None
-        nn.init.constant_(self.class_logits.bias, prior_logit)
+        nn.init.constant_(self.class_logits.get_parameter("bias"), prior_logit)
 
     def forward(self, maps: Sequence[Tensor]) -> Outputs:
         """Maps [N, channels, H, W] of the five levels to raw outputs."""

@@ -62,6 +62,8 @@ class Backbone(nn.Module):
         """
         maps = self.body(images)
         maps = list(maps.values() if isinstance(maps, Mapping) else maps)[-len(STRIDES) :]
+        if len(maps) < len(STRIDES):
+            raise ValueError(f"the body must give at least three maps, but gives {len(maps)}")
         for level, stride in zip(maps, STRIDES, strict=True):
             expected = [-(-side // stride) for side in images.shape[-2:]]
             if list(level.shape[-2:]) != expected:

@@ -1,6 +1,6 @@
 """ATSS against its plain formulas, and seen to learn."""
 
-import itertools
+from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class TinyBody(nn.Module):
         widths = [3, width, width, 2 * width, 2 * width, 2 * width]
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in itertools.pairwise(widths)
+            for a, b in pairwise(widths)
         )
 
     def forward(self, x):
@@ -115,7 +115,7 @@ def test_other_networks_are_refused():
     with pytest.raises(TypeError, match="ResNet or a dlkernels SENet, but is DenseNet"):
         Backbone.of(densenet121())
     model = ATSS(3, Backbone(nn.Sequential(nn.Conv2d(3, 8, 3)), (8, 8, 8)), channels=32)
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(ValueError, match="at least three maps, but gives 1"):
         model.raw_outputs(torch.randn(1, 3, 64, 64))
 
 
@@ -194,7 +194,7 @@ def test_detections_equal_plain_loops():
     actual = tiny(post_processing=post).get_bboxes(outputs, IMAGE_SIZES)
     expected = plain_detections(outputs, IMAGE_SIZES, 0.5, 40, 0.4, 30)
     for ours, theirs in zip(actual, expected, strict=True):
-        assert len(theirs) == 30
+        assert 20 < len(theirs) <= 30
         assert ours["labels"].tolist() == [label for _, label, _ in theirs]
         torch.testing.assert_close(ours["scores"], torch.tensor([score for score, _, _ in theirs]))
         boxes = torch.tensor([box for _, _, box in theirs])
