@@ -69,7 +69,7 @@ class ATSS(Detector):
         channels: of the pyramid and the head, a multiple of 8.
         stacked_convs: convolutions of each branch of the head before its last.
         assigner: which anchors are positive: ``"atss"``, ``"max_iou"`` (RetinaNet) or ``"fcos"``.
-        post_processing: which predictions become detections; its defaults unless given.
+        post_processing: which predictions become detections.
         min_size: the shorter side that images are resized to, in pixels; of several, one is drawn
             for each image in training, and the last is that of evaluation.
         max_size: the most that the longer side may have.
