@@ -1,7 +1,7 @@
-"""``python -m dlkernels demo``: two networks before and after :func:`dlkernels.accelerate`.
+"""``python -m dlkernels demo``: three networks before and after :func:`dlkernels.accelerate`.
 
-A timm SE-ResNet-50 and a torchvision EfficientNet-B0 look at two real photographs. Their weights
-are random, since nothing is downloaded; outputs and times do not depend on that.
+A timm SE-ResNet-50 and torchvision's EfficientNet-B0 and DenseNet-121 look at two real photographs.
+Their weights are random, since nothing is downloaded; outputs and times do not depend on that.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def networks() -> dict[str, Callable[[], nn.Module]]:
     return {
         "timm SE-ResNet-50": lambda: timm.create_model("seresnet50"),
         "torchvision EfficientNet-B0": lambda: torchvision.models.efficientnet_b0(),
+        "torchvision DenseNet-121": lambda: torchvision.models.densenet121(),
     }
 
 
@@ -164,8 +165,9 @@ def _chart(results: list[Result], output: Path) -> None:
             positions = [index + 0.4 * offset for index in range(len(pairs))]
             bars = axis.bar(positions, [pair[offset] * unit for pair in pairs], 0.38, label=label)
             axis.bar_label(bars, fmt="%.0f")
-        axis.set_xticks([index + 0.2 for index in range(len(pairs))], names)
+        axis.set_xticks([index + 0.2 for index in range(len(pairs))], names, fontsize=8)
         axis.set_title(title)
+        axis.margins(y=0.1)
     axes[0].legend()
     figure.savefig(output, dpi=120)
     plt.close(figure)
