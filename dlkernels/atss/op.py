@@ -13,6 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from dlkernels import backend
 from dlkernels.atss import reference
 from dlkernels.boxes.anchors import AnchorGrid
+from dlkernels.boxes.targets import (
+    check_counts,
+    check_device,
+    check_valid,
+    counts_of,
+    prepared,
+)
 from dlkernels.checks import check_shape, check_tensor, describe
 
 MAX_LEVELS = 16
@@ -92,7 +99,7 @@ def atss_assign(
     ignored = None if gt_ignore is None else _padded("gt_ignore", gt_ignore)
     if ignored is not None:
         check_shape("gt_ignore", ignored, [len(boxes), ignored.shape[1], 4], "B of gt_boxes")
-        _check_device("gt_ignore", ignored, device)
+        check_device("gt_ignore", ignored, boxes)
 
     if isinstance(anchors, AnchorGrid):
         levels, per_location = _layout_of(anchors, num_level_anchors, anchors_per_location)
@@ -106,20 +113,20 @@ def atss_assign(
             f"num_level_anchors must have 1 to {MAX_LEVELS} levels, but has {len(levels)}"
         )
     if valid is not None:
-        _check_valid(valid, len(boxes), sum(levels), device)
+        check_valid(valid, boxes, sum(levels))
         valid = valid.contiguous()
     if check_boxes or (check_boxes is None and device.type == "cpu" and not _is_tracing()):
         if num_gt is not None:
-            _check_counts(counts, boxes.shape[1])
+            check_counts(counts, boxes.shape[1])
         _check_proper(boxes, counts)
 
     targets = (boxes, counts, ignored, valid, topk * per_location, ignore_iof_thr)
     if backend.select("atss_assign", boxes) == "reference":
         if isinstance(anchors, AnchorGrid):
             anchors = anchors.boxes(device)
-        return reference.atss_assign(_prepared(anchors), levels, *targets)
+        return reference.atss_assign(prepared(anchors), levels, *targets)
     if not isinstance(anchors, AnchorGrid):
-        return _OP(_prepared(anchors), levels, *targets)
+        return _OP(prepared(anchors), levels, *targets)
     sizes = [cells for size in anchors.sizes for cells in size]
     base_anchors = torch.stack(anchors.base_anchors).to(device)
     return _GRID_OP(base_anchors, sizes, list(anchors.strides), anchors.offset, *targets)
@@ -128,17 +135,13 @@ def atss_assign(
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _prepared(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
-
-
 def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
     """Boxes [B, G, 4] in float32, those of a list padded with zeros."""
     if isinstance(boxes, Tensor):
         check_tensor(name, boxes)
         if boxes.dim() != 3 or boxes.shape[2] != 4:
             raise ValueError(f"{name} must have shape [B, boxes, 4], but is {describe(boxes)}")
-        return _prepared(boxes)
+        return prepared(boxes)
     if not boxes:
         raise ValueError(f"{name} must have at least one image where it is a list, but is empty")
     for image, tensor in enumerate(boxes):
@@ -147,25 +150,17 @@ def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
             raise ValueError(
                 f"{name}[{image}] must have shape [boxes, 4], but is {describe(tensor)}"
             )
-        _check_device(f"{name}[{image}]", tensor, boxes[0].device)
-    return pad_sequence([_prepared(tensor) for tensor in boxes], batch_first=True)
+        check_device(f"{name}[{image}]", tensor, boxes[0])
+    return pad_sequence([prepared(tensor) for tensor in boxes], batch_first=True)
 
 
 def _counts(gt_boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None, padded: Tensor) -> Tensor:
     """The number of boxes in each image, [B]."""
-    images, most = padded.shape[:2]
     if not isinstance(gt_boxes, Tensor):
         if num_gt is not None:
             raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
         return torch.tensor([len(boxes) for boxes in gt_boxes], device=padded.device)
-    if num_gt is None:
-        return torch.full((images,), most, device=padded.device)
-    if not isinstance(num_gt, Tensor) or num_gt.dtype not in (torch.int64, torch.int32):
-        found = num_gt.dtype if isinstance(num_gt, Tensor) else type(num_gt).__name__
-        raise TypeError(f"num_gt must be an int64 tensor, but is {found}")
-    check_shape("num_gt", num_gt, [images], "[B] of gt_boxes")
-    _check_device("num_gt", num_gt, padded.device)
-    return num_gt.long().contiguous()
+    return counts_of(num_gt, padded)
 
 
 def _levels(anchors: Tensor, num_level_anchors: Sequence[int] | None, boxes: Tensor) -> list[int]:
@@ -176,7 +171,7 @@ def _levels(anchors: Tensor, num_level_anchors: Sequence[int] | None, boxes: Ten
         raise ValueError(
             f"anchors must have shape [A, 4] or [{images}, A, 4], but is {describe(anchors)}"
         )
-    _check_device("anchors", anchors, boxes.device)
+    check_device("anchors", anchors, boxes)
     if num_level_anchors is None or min(num_level_anchors, default=0) < 0:
         raise ValueError(
             "num_level_anchors must be the number of anchors of each level where anchors is a "
@@ -205,34 +200,6 @@ def _layout_of(
             f"{anchors_per_location}"
         )
     return levels, per_location
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(
-            f"{name} must be on the device of gt_boxes, {device}, but is on {tensor.device}"
-        )
-
-
-def _check_valid(valid: Tensor, images: int, anchors: int, device: torch.device) -> None:
-    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
-        found = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
-        raise TypeError(f"valid must be a bool tensor, but is {found}")
-    if list(valid.shape) not in ([anchors], [images, anchors]):
-        raise ValueError(
-            f"valid must have shape [{anchors}] or [{images}, {anchors}], but is {describe(valid)}"
-        )
-    _check_device("valid", valid, device)
-
-
-def _check_counts(counts: Tensor, most: int) -> None:
-    out_of_range = (counts < 0) | (counts > most)
-    if out_of_range.any():
-        image = int(out_of_range.nonzero()[0])
-        raise ValueError(
-            f"num_gt must lie between 0 and the {most} boxes of gt_boxes, but is "
-            f"{int(counts[image])} for image {image}"
-        )
 
 
 def _check_proper(boxes: Tensor, counts: Tensor) -> None:

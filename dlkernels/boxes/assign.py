@@ -67,7 +67,7 @@ def max_iou_assign(
             f"neg_iou must lie above 0 and not above pos_iou, {pos_iou}, but is {neg_iou}"
         )
     if valid is not None:
-        check_valid(valid, batch, boxes.shape[-2])
+        check_valid(valid, batch.boxes, boxes.shape[-2])
     arguments = boxes, batch.boxes, batch.counts, valid, pos_iou, neg_iou, low_quality
     if backend.select("max_iou_assign", boxes) == "reference":
         return reference.max_iou_assign(*arguments)
@@ -141,7 +141,7 @@ def yolo_assign(
     batch = BoxBatch.of(gt_boxes, num_gt)
     all_anchors, _ = anchor_boxes(anchors, num_level_anchors, batch)
     if valid is not None:
-        check_valid(valid, batch, len(all_anchors))
+        check_valid(valid, batch.boxes, len(all_anchors))
     priors = _Priors(anchors, batch.boxes.device)
     assigned, ious = [], []
     for image, boxes in enumerate(batch.images()):
@@ -246,7 +246,7 @@ def fcos_assign(
     if isinstance(anchors, AnchorGrid):
         strides = anchors.strides
     if valid is not None:
-        check_valid(valid, batch, all_anchors.shape[-2])
+        check_valid(valid, batch.boxes, all_anchors.shape[-2])
     lowest, highest = _of_level(levels, "ranges", ranges, all_anchors).unbind(-1)
     radius = None
     if center_radius is not None:

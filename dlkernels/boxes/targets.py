@@ -39,7 +39,7 @@ class BoxBatch:
             check_tensor("gt_boxes", boxes)
             if boxes.dim() != 3 or boxes.shape[2] != 4:
                 raise ValueError(f"gt_boxes must have shape [B, G, 4], but is {describe(boxes)}")
-            batch = cls(_prepared(boxes), _counts(num_gt, boxes))
+            batch = cls(prepared(boxes), counts_of(num_gt, boxes))
         elif num_gt is not None:
             raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
         else:
@@ -60,18 +60,11 @@ class BoxBatch:
                     f"gt_boxes[{image}] must have shape [G, 4], but is {describe(tensor)}"
                 )
             check_device(f"gt_boxes[{image}]", tensor, boxes[0])
-        padded = pad_sequence([_prepared(tensor) for tensor in boxes], batch_first=True)
+        padded = pad_sequence([prepared(tensor) for tensor in boxes], batch_first=True)
         return cls(padded, torch.tensor([len(tensor) for tensor in boxes], device=padded.device))
 
     def _check_proper(self) -> None:
-        most = self.boxes.shape[1]
-        wrong = ((self.counts < 0) | (self.counts > most)).nonzero()
-        if len(wrong):
-            image = int(wrong[0])
-            raise ValueError(
-                f"num_gt must lie between 0 and the {most} boxes of gt_boxes, but is "
-                f"{int(self.counts[image])} for image {image}"
-            )
+        check_counts(self.counts, self.boxes.shape[1])
         size = self.boxes[..., 2:] - self.boxes[..., :2]
         proper = self.boxes.isfinite().all(-1) & (size >= 0).all(-1)
         improper = (~proper & self._is_box()).nonzero()
@@ -119,17 +112,17 @@ def anchor_boxes(
         )
     check_device("anchors", anchors, batch.boxes)
     if num_level_anchors is None:
-        return _prepared(anchors), None
+        return prepared(anchors), None
     if min(num_level_anchors, default=0) < 0 or sum(num_level_anchors) != anchors.shape[-2]:
         raise ValueError(
             f"num_level_anchors must add up to the {anchors.shape[-2]} anchors, but is "
             f"{tuple(num_level_anchors)}"
         )
-    return _prepared(anchors), tuple(num_level_anchors)
+    return prepared(anchors), tuple(num_level_anchors)
 
 
-def check_valid(valid: Any, batch: BoxBatch, anchors: int) -> None:
-    """``valid`` is a mask of the anchors, for all images or for each.
+def check_valid(valid: Any, boxes: Tensor, anchors: int) -> None:
+    """``valid`` is a mask of the anchors, for all images of ``boxes`` [B, G, 4] or for each.
 
     Raises:
         TypeError: it is no bool tensor.
@@ -138,12 +131,12 @@ def check_valid(valid: Any, batch: BoxBatch, anchors: int) -> None:
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
         found = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(f"valid must be a bool tensor, but is {found}")
-    if list(valid.shape) not in ([anchors], [len(batch), anchors]):
+    if list(valid.shape) not in ([anchors], [len(boxes), anchors]):
         raise ValueError(
-            f"valid must have shape [{anchors}] or [{len(batch)}, {anchors}], "
+            f"valid must have shape [{anchors}] or [{len(boxes)}, {anchors}], "
             f"but is {describe(valid)}"
         )
-    check_device("valid", valid, batch.boxes)
+    check_device("valid", valid, boxes)
 
 
 def check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
@@ -154,11 +147,29 @@ def check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
         )
 
 
-def _prepared(boxes: Tensor) -> Tensor:
+def check_counts(counts: Tensor, most: int) -> None:
+    """``counts`` are numbers of boxes, of which an image has at most ``most``."""
+    out_of_range = (counts < 0) | (counts > most)
+    if out_of_range.any():
+        image = int(out_of_range.nonzero()[0])
+        raise ValueError(
+            f"num_gt must lie between 0 and the {most} boxes of gt_boxes, but is "
+            f"{int(counts[image])} for image {image}"
+        )
+
+
+def prepared(boxes: Tensor) -> Tensor:
+    """As kernels read boxes: contiguous float32 without a gradient."""
     return boxes.detach().float().contiguous()
 
 
-def _counts(num_gt: Tensor | None, boxes: Tensor) -> Tensor:
+def counts_of(num_gt: Tensor | None, boxes: Tensor) -> Tensor:
+    """The number of boxes in each image, int64 [B]: ``num_gt``, or all of ``boxes`` [B, G, 4].
+
+    Raises:
+        TypeError: ``num_gt`` is no integer tensor.
+        ValueError: its shape or device does not fit.
+    """
     images, most = boxes.shape[:2]
     if num_gt is None:
         return torch.full((images,), most, device=boxes.device)

@@ -1,10 +1,11 @@
 """Each wheel that can be built here: what it says, what it holds, and that it works installed."""
 
+import json
 import subprocess
 import sys
 import zipfile
 
-from tests.packaging.conftest import ROOT
+from tools import wheel_table
 
 SMOKE_TEST = """
 import json, torch, dlkernels
@@ -73,7 +74,7 @@ def test_installed_outside_the_source_tree(wheel, environment):
     result = environment.run("-c", SMOKE_TEST)
     assert result.returncode == 0, result.stderr
     assert str(environment.folder) in result.stdout
-    printed = __import__("json").loads(result.stdout)
+    printed = json.loads(result.stdout)
     assert printed["serves"] == "cpp"
     assert printed["error"] < 1e-6
     assert bool(printed["archs"]) == is_for_cuda(wheel)
@@ -90,9 +91,6 @@ def test_type_hints_of_a_users_code(wheel, environment):
 
 
 def test_the_table_of_the_docs_is_made_from_wheels(wheel):
-    sys.path.insert(0, str(ROOT / "tools"))
-    import wheel_table
-
     cells = wheel_table.row(wheel)
     assert len(cells) == len(wheel_table.HEAD)
     assert cells[0].strip("`") in wheel.name
