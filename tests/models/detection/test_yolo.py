@@ -223,8 +223,8 @@ def test_it_learns_to_find_rectangles(detector):
         strict=True,
     )
     model = tiny(detector, min_size=64, max_size=96).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(90):
         loss = sum(model(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
@@ -237,7 +237,7 @@ def test_it_learns_to_find_rectangles(detector):
         same = found["labels"][confident][:, None] == target["labels"]
         overlaps = box_iou(found["boxes"][confident], target["boxes"]) * same
         assert (overlaps > 0.5).any(0).all(), "every rectangle is found, with its label"
-        assert (overlaps > 0.2).any(1).all(), "nothing is found elsewhere"
+        assert (overlaps > 0.5).any(1).all(), "nothing else is found"
 
 
 # ---- bad input ----------------------------------------------------------------------------------
