@@ -4,5 +4,17 @@ from dlkernels.models.detection.atss import ATSS
 from dlkernels.models.detection.backbone import Backbone
 from dlkernels.models.detection.detector import Detector
 from dlkernels.models.detection.post_processing import PostProcessing
+from dlkernels.models.detection.yolo_head import YOLO, LossWeights
+from dlkernels.models.detection.yolov3_asff import YOLOv3ASFF
+from dlkernels.models.detection.yolov4 import YOLOv4
 
-__all__ = ["ATSS", "Backbone", "Detector", "PostProcessing"]
+__all__ = [
+    "ATSS",
+    "YOLO",
+    "Backbone",
+    "Detector",
+    "LossWeights",
+    "PostProcessing",
+    "YOLOv3ASFF",
+    "YOLOv4",
+]
