@@ -69,7 +69,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, help="steps; by default an epoch")
     add("--evaluate-every", type=int, default=4, help="epochs")
     add("--resume", action="store_true", help="continue the run in the folder")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.assigner and options.model != "atss":
+        parser.error(f"--assigner is an option of atss, not of {options.model}")
+    return options
 
 
 class Processes:

@@ -262,6 +262,22 @@ def test_train_and_detect(data, tmp_path, capsys):
         main([str(data), str(run), *OPTIONS, *others])
 
 
+@pytest.mark.parametrize("model", checkpoint.DETECTORS)
+def test_every_detector_learns_and_comes_back_from_its_file(model, tmp_path):
+    config = checkpoint.DetectorConfig(model, ("a", "b"), 64, True, {})
+    detector = config.build()
+    target = {"boxes": torch.tensor([[8.0, 8, 24, 32]]), "labels": torch.tensor([1])}
+    sum(detector(torch.rand(2, 3, 64, 64), [target] * 2).values()).backward()
+    assert not [name for name, p in detector.named_parameters() if p.grad is None]
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, checkpoint.content(config, detector.state_dict()))
+    loaded, classes = checkpoint.load_detector(path)
+    assert classes == ("a", "b")
+    assert type(loaded) is type(detector)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, detector.state_dict()[name]), name
+
+
 def test_images_without_boxes_train(data, tmp_path):
     content = json.loads((data / "train.json").read_text())
     content["annotations"] = []

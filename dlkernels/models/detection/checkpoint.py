@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from torchvision.models import resnet50
 from dlkernels.models.detection.atss import ATSS
 from dlkernels.models.detection.backbone import Backbone
 from dlkernels.models.detection.detector import Detector
+from dlkernels.models.detection.yolov3_asff import YOLOv3ASFF
+from dlkernels.models.detection.yolov4 import YOLOv4
 from dlkernels.models.senet import BasicBlock, SENet
+
+# Sizes in pixels for objects of 8 to 50, such as the digits of examples/make_digits_coco.py.
+SMALL_ANCHORS = (
+    ((7, 12), (9, 15), (12, 17)),
+    ((13, 22), (18, 25), (17, 30)),
+    ((25, 33), (24, 42), (34, 46)),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,18 @@ def _atss(classes: int, small: bool, options: dict[str, Any]) -> Detector:
     return ATSS(classes, Backbone.of(body), channels=64, stacked_convs=1, **options)
 
 
-DETECTORS: dict[str, Callable[[int, bool, dict[str, Any]], Detector]] = {"atss": _atss}
+def _yolo(
+    detector: type[YOLOv4] | type[YOLOv3ASFF], classes: int, small: bool, options: dict[str, Any]
+) -> Detector:
+    scaling: dict[str, Any] = {"anchors": SMALL_ANCHORS, "width": 0.25, "depth": 0.125}
+    return detector(classes, **(scaling if small else {}), **options)
+
+
+DETECTORS: dict[str, Callable[[int, bool, dict[str, Any]], Detector]] = {
+    "atss": _atss,
+    "yolov4": partial(_yolo, YOLOv4),
+    "yolov3_asff": partial(_yolo, YOLOv3ASFF),
+}
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:

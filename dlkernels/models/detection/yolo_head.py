@@ -20,6 +20,7 @@ from dlkernels import ops
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.coding import decode_yolo
 from dlkernels.models.detection.detector import Detector, Size, Target
+from dlkernels.models.detection.distributed import shared_normaliser
 from dlkernels.models.detection.post_processing import PostProcessing
 
 STRIDES = (8, 16, 32)
@@ -155,8 +156,8 @@ class YOLO(Detector):
 
         Returns:
             ``loss_box``, the CIoU loss, ``loss_confidence`` and ``loss_class``, binary cross
-            entropies: sums over the number of positive anchors of the batch. Anchors whose cell
-            lies outside their image have no loss.
+            entropies: sums over the number of positive anchors of the batch, that of all processes
+            where there are several. Anchors whose cell lies outside their image have no loss.
         """
         values = self._by_anchor(outputs)
         grid = self._grid(outputs)
@@ -182,7 +183,7 @@ class YOLO(Detector):
         loss_confidence = F.binary_cross_entropy_with_logits(
             values[..., 4].float(), (assigned >= 0).float(), counted.float(), reduction="sum"
         )
-        number = max(1, len(gt))
+        number = shared_normaliser(positive.new_tensor(len(gt)))
         return {
             "loss_box": self.loss_weights.box * loss_box / number,
             "loss_confidence": self.loss_weights.confidence * loss_confidence / number,
