@@ -13,8 +13,10 @@ from dlkernels.checks import check_maps
 from dlkernels.dense_block import reference
 from dlkernels.dense_block.op import NormConv, cast_stages, check_stage
 from dlkernels.memory_format import empty_maps, memory_format_of
+from dlkernels.watch import watched
 
 
+@watched
 def transition(
     x: Tensor,
     layer: NormConv,
