@@ -190,7 +190,7 @@ DLKERNELS_INLINE void store(float* to, Vec value, int64_t count) {
       static_cast<__mmask16>((1u << count) - 1),
       reinterpret_cast<__m512>(value));
 #elif defined(__AVX2__)
-  // Some processors take hundreds of cycles for a masked store.
+  // Not a masked store, which is slow on some processors.
   const __m256 all = reinterpret_cast<__m256>(value);
   __m128 rest = _mm256_castps256_ps128(all);
   if (count & 4) {

@@ -2,6 +2,7 @@
 
 from dlkernels.models.detection.atss import ATSS
 from dlkernels.models.detection.backbone import Backbone
+from dlkernels.models.detection.darknet import Darknet, load_weights, save_weights
 from dlkernels.models.detection.detector import Detector
 from dlkernels.models.detection.post_processing import PostProcessing
 from dlkernels.models.detection.yolo_head import YOLO, LossWeights
@@ -12,9 +13,12 @@ __all__ = [
     "ATSS",
     "YOLO",
     "Backbone",
+    "Darknet",
     "Detector",
     "LossWeights",
     "PostProcessing",
     "YOLOv3ASFF",
     "YOLOv4",
+    "load_weights",
+    "save_weights",
 ]

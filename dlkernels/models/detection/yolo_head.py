@@ -20,6 +20,7 @@ from dlkernels import ops
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.coding import decode_yolo
 from dlkernels.models.detection.detector import Detector, Size, Target
+from dlkernels.models.detection.distributed import shared_normaliser
 from dlkernels.models.detection.post_processing import PostProcessing
 
 STRIDES = (8, 16, 32)
@@ -57,12 +58,12 @@ class Predictions(NamedTuple):
 
 
 class YOLO(Detector):
-    """A detector whose raw outputs are three maps [N, anchors * (5 + num_classes), H, W].
+    """A detector whose raw outputs are maps [N, anchors * (5 + num_classes), H, W].
 
-    They are at 1/8, 1/16 and 1/32 of the image's size. An anchor has four numbers of its box
-    (:func:`dlkernels.boxes.coding.decode_yolo`), a logit of confidence and one of each class. See
-    :class:`Detector` for how a detector is called. The score of a detection is its confidence
-    times the probability of its class.
+    They are at 1/8, 1/16 and 1/32 of the image's size, or the coarser of these. An anchor has four
+    numbers of its box (:func:`dlkernels.boxes.coding.decode_yolo`), a logit of confidence and one
+    of each class. See :class:`Detector` for how a detector is called. The score of a detection is
+    its confidence times the probability of its class.
 
     Images keep their aspect ratio: they are resized to ``min_size``, or less where the longer side
     would exceed ``max_size``, and padded below and at the right to a multiple of 32 pixels.
@@ -83,7 +84,7 @@ class YOLO(Detector):
         image_std: of each colour channel.
 
     Raises:
-        ValueError: a number is out of range, or there are not three levels.
+        ValueError: a number is out of range, or there are more than three levels.
     """
 
     def __init__(
@@ -107,12 +108,13 @@ class YOLO(Detector):
             GeneralizedRCNNTransform(sizes, max_size, list(image_mean), list(image_std)),
         )
         _check_anchors(anchors)
-        if len(scale_xy) != len(STRIDES) or min(scale_xy) < 1:
+        if len(scale_xy) != len(anchors) or min(scale_xy) < 1:
             raise ValueError(
-                f"scale_xy must be three numbers of at least 1, but is {tuple(scale_xy)}"
+                f"scale_xy must be {len(anchors)} numbers of at least 1, but is {tuple(scale_xy)}"
             )
         self.anchors = tuple(tuple(level) for level in anchors)
         self.scale_xy = tuple(scale_xy)
+        self.strides = STRIDES[-len(anchors) :]
         self.ignore_iou = ignore_iou
         self.shape_iou = shape_iou
         self.loss_weights = loss_weights or LossWeights()
@@ -154,8 +156,8 @@ class YOLO(Detector):
 
         Returns:
             ``loss_box``, the CIoU loss, ``loss_confidence`` and ``loss_class``, binary cross
-            entropies: sums over the number of positive anchors of the batch. Anchors whose cell
-            lies outside their image have no loss.
+            entropies: sums over the number of positive anchors of the batch, that of all processes
+            where there are several. Anchors whose cell lies outside their image have no loss.
         """
         values = self._by_anchor(outputs)
         grid = self._grid(outputs)
@@ -181,7 +183,7 @@ class YOLO(Detector):
         loss_confidence = F.binary_cross_entropy_with_logits(
             values[..., 4].float(), (assigned >= 0).float(), counted.float(), reduction="sum"
         )
-        number = max(1, len(gt))
+        number = shared_normaliser(positive.new_tensor(len(gt)))
         return {
             "loss_box": self.loss_weights.box * loss_box / number,
             "loss_confidence": self.loss_weights.confidence * loss_confidence / number,
@@ -213,7 +215,7 @@ class YOLO(Detector):
     def _grid(self, outputs: Sequence[Tensor]) -> AnchorGrid:
         base = [[(-w / 2, -h / 2, w / 2, h / 2) for w, h in level] for level in self.anchors]
         sizes = tuple((x.shape[2], x.shape[3]) for x in outputs)
-        return AnchorGrid(sizes, STRIDES, tuple(torch.tensor(level) for level in base))
+        return AnchorGrid(sizes, self.strides, tuple(torch.tensor(level) for level in base))
 
     def _by_anchor(self, outputs: Sequence[Tensor]) -> Tensor:
         """Raw outputs as [N, A, 5 + num_classes], in the order of the anchors."""
@@ -230,7 +232,7 @@ class YOLO(Detector):
     ) -> Tensor:
         """Boxes of all anchors [N, A, 4], or of those with an index [P, 4]."""
         stride, scale = (
-            _of_levels(grid, values, anchors)[:, None] for values in (STRIDES, self.scale_xy)
+            _of_levels(grid, values, anchors)[:, None] for values in (self.strides, self.scale_xy)
         )
         if index is not None:
             anchors, stride, scale = anchors[index], stride[index], scale[index]
@@ -252,17 +254,17 @@ def _of_levels(grid: AnchorGrid, values: Sequence[float], like: Tensor) -> Tenso
 def _in_image(grid: AnchorGrid, anchors: Tensor, image_sizes: Sequence[Size]) -> Tensor:
     """Which anchors' cells reach into their image and not only its padding, bool [B, A]."""
     corner = (anchors[:, :2] + anchors[:, 2:]) / 2
-    corner = corner - _of_levels(grid, STRIDES, anchors)[:, None] / 2
+    corner = corner - _of_levels(grid, grid.strides, anchors)[:, None] / 2
     sizes = anchors.new_tensor([(width, height) for height, width in image_sizes])
     return (corner < sizes[:, None]).all(-1)
 
 
 def _check_anchors(anchors: Anchors) -> None:
     counts = [len(level) for level in anchors]
-    if len(counts) != len(STRIDES) or len(set(counts)) != 1 or counts[0] == 0:
+    if not 1 <= len(counts) <= len(STRIDES) or len(set(counts)) != 1 or counts[0] == 0:
         raise ValueError(
-            "anchors must be the same number, at least one, for each of three levels, but are "
-            f"{counts}"
+            "anchors must be the same number, at least one, for each of one to three levels, but "
+            f"are {counts}"
         )
     for level in anchors:
         for width, height in level:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlkernels.asff.modules import ASFF
-from dlkernels.models.detection.conv_block import ConvBlock, Residual, alternating, scaled
+from dlkernels.models.detection.conv_block import (
+    ConvBlock,
+    Maps,
+    Residual,
+    alternating,
+    concatenated,
+    enlarged,
+    scaled,
+)
 from dlkernels.models.detection.post_processing import PostProcessing
 from dlkernels.models.detection.yolo_head import YOLO, Anchors, LossWeights
 
@@ -103,9 +109,9 @@ class Darknet53(nn.Module):
             residuals = (Residual(channels, channels // 2, ACTIVATION) for _ in range(count))
             self.stages.append(nn.Sequential(down, *residuals))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Maps]:
         """The maps of images [N, 3, H, W], the finest first."""
-        x, maps = self.stem(images), []
+        x, maps = self.stem(Maps(images)), []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -131,11 +137,9 @@ class Pyramid(nn.Module):
         # The fusion takes the finest level before its last reduction.
         self.fine = alternating(3 * fine, fine, 4, ACTIVATION)
 
-    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, fine: Maps, middle: Maps, coarse: Maps) -> tuple[Tensor, ...]:
         """The backbone's maps to as many, the finest first."""
         coarse = self.coarse(coarse)
-        enlarged = F.interpolate(self.narrow_coarse(coarse), scale_factor=2)
-        middle = self.middle(torch.cat([enlarged, middle], 1))
-        enlarged = F.interpolate(self.narrow_middle(middle), scale_factor=2)
-        fine = self.fine(torch.cat([enlarged, fine], 1))
-        return fine, middle, coarse
+        middle = self.middle(concatenated(enlarged(self.narrow_coarse(coarse)), middle))
+        fine = self.fine(concatenated(enlarged(self.narrow_middle(middle)), fine))
+        return fine.value, middle.value, coarse.value

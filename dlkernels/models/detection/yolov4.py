@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dlkernels.models.detection.conv_block import ConvBlock, Residual, alternating, scaled
+from dlkernels.models.detection.conv_block import (
+    ConvBlock,
+    Maps,
+    Output,
+    Residual,
+    alternating,
+    concatenated,
+    enlarged,
+    scaled,
+)
 from dlkernels.models.detection.post_processing import PostProcessing
 from dlkernels.models.detection.yolo_head import YOLO, Anchors, LossWeights
 
@@ -94,9 +103,9 @@ class CSPDarknet53(nn.Module):
             for stage, blocks in enumerate(BLOCKS)
         )
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Maps]:
         """The maps of images [N, 3, H, W], the finest first."""
-        x, maps = self.stem(images), []
+        x, maps = self.stem(Maps(images)), []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
@@ -128,12 +137,12 @@ class CSPStage(nn.Module):
         self.leave = ConvBlock(part, part)
         self.merge = ConvBlock(2 * part, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Maps) -> Maps:
         """Maps [N, in_channels, H, W] to [N, channels, H / 2, W / 2]."""
         x = self.down(x)
         bypass = self.bypass(x)
         inner = self.leave(self.blocks(self.enter(x)))
-        return self.merge(torch.cat([inner, bypass], 1))
+        return self.merge(concatenated(inner, bypass))
 
 
 class PANet(nn.Module):
@@ -157,8 +166,8 @@ class PANet(nn.Module):
         def conv(in_channels: int, out: int, kernel: int = 1, stride: int = 1) -> ConvBlock:
             return ConvBlock(in_channels, out, kernel, stride, "leaky_relu")
 
-        def head(width: int) -> nn.Sequential:
-            return nn.Sequential(conv(width, 2 * width, 3), detector.output_convolution(2 * width))
+        def head(width: int) -> Output:
+            return Output(width, detector.output_convolution(2 * width))
 
         self.before_pool = convs(2 * coarse, coarse, 3)
         self.after_pool = convs((len(POOLS) + 1) * coarse, coarse, 3)
@@ -176,15 +185,15 @@ class PANet(nn.Module):
         self.down_coarse = convs(2 * coarse, coarse, 5)
         self.head_coarse = head(coarse)
 
-    def forward(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> list[Tensor]:
+    def forward(self, fine: Maps, middle: Maps, coarse: Maps) -> list[Tensor]:
         """The backbone's maps to raw outputs, the finest first."""
-        coarse = self.after_pool(pyramid_pool(self.before_pool(coarse)))
-        enlarged = F.interpolate(self.narrow_coarse(coarse), scale_factor=2)
-        middle = self.up_middle(torch.cat([self.lateral_middle(middle), enlarged], 1))
-        enlarged = F.interpolate(self.narrow_middle(middle), scale_factor=2)
-        fine = self.up_fine(torch.cat([self.lateral_fine(fine), enlarged], 1))
-        middle = self.down_middle(torch.cat([self.shrink_fine(fine), middle], 1))
-        coarse = self.down_coarse(torch.cat([self.shrink_middle(middle), coarse], 1))
+        coarse = self.after_pool(Maps(pyramid_pool(self.before_pool(coarse).value)))
+        above = enlarged(self.narrow_coarse(coarse))
+        middle = self.up_middle(concatenated(self.lateral_middle(middle), above))
+        above = enlarged(self.narrow_middle(middle))
+        fine = self.up_fine(concatenated(self.lateral_fine(fine), above))
+        middle = self.down_middle(concatenated(self.shrink_fine(fine), middle))
+        coarse = self.down_coarse(concatenated(self.shrink_middle(middle), coarse))
         return [self.head_fine(fine), self.head_middle(middle), self.head_coarse(coarse)]
 
 
