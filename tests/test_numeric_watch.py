@@ -54,6 +54,17 @@ def run_transition(dtype):
     return watch(ops.transition)(x, layer, training=True)
 
 
+def run_bn_relu_conv1x1(dtype):
+    layers = dense_block.leaves_of(dense_block.make_layers(dense_block.SMALL, dtype, 4.0))
+    maps = torch.randn(2, 9, 5, 4).to(dtype).requires_grad_()
+    return watch(ops.bn_relu_conv1x1)(maps, layers[0][0], first=2, training=True)
+
+
+def run_channel_statistics(dtype):
+    maps = torch.randn(2, 9, 5, 4) + 0.5
+    return watch(ops.channel_statistics)(maps.to(dtype).requires_grad_(), 2, 5)
+
+
 def run_box_iou_loss(dtype):
     pred, target = boxes.make_boxes((50,), dtype)
     return watch(ops.box_iou_loss)(pred.requires_grad_(), target, "ciou")
