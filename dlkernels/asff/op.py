@@ -11,12 +11,14 @@ from dlkernels import backend
 from dlkernels.asff import reference
 from dlkernels.checks import check_choice, check_like, check_maps, describe
 from dlkernels.memory_format import empty_maps, finest, new_maps
+from dlkernels.watch import watched
 
 _TRITON = "dlkernels.asff.triton"
 
 MIN_LEVELS, MAX_LEVELS = 2, 5
 
 
+@watched
 def asff_fuse(features: Sequence[Tensor], logits: Tensor, mode: str = "nearest") -> Tensor:
     r"""Adaptively spatial feature fusion: the pyramid's levels, weighted pixel by pixel.
 

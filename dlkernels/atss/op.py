@@ -20,10 +20,12 @@ from dlkernels.boxes.targets import (
     prepared,
 )
 from dlkernels.checks import check_device, check_shape, check_tensor, describe
+from dlkernels.watch import watched
 
 MAX_LEVELS = 16
 
 
+@watched
 def atss_assign(
     anchors: Tensor | AnchorGrid,
     num_level_anchors: Sequence[int] | None,

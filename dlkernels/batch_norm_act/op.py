@@ -11,6 +11,7 @@ from dlkernels import backend
 from dlkernels.batch_norm_act import reference
 from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
 from dlkernels.memory_format import empty_maps
+from dlkernels.watch import watched
 
 _TRITON = None
 
@@ -31,6 +32,7 @@ class BatchNormActOutput(NamedTuple):
     var: Tensor
 
 
+@watched
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,

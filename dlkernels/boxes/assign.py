@@ -12,10 +12,12 @@ from dlkernels import backend
 from dlkernels.boxes import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.targets import BoxBatch, anchor_boxes, check_valid
+from dlkernels.watch import watched
 
 FCOS_RANGES = ((0.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, math.inf))
 
 
+@watched
 def max_iou_assign(
     anchors: Tensor | AnchorGrid,
     num_level_anchors: Sequence[int] | None,

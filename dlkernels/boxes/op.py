@@ -17,6 +17,7 @@ from dlkernels.checks import (
     check_tensor,
     describe,
 )
+from dlkernels.watch import watched
 
 _TRITON = "dlkernels.boxes.triton"
 
@@ -24,6 +25,7 @@ _TRITON = "dlkernels.boxes.triton"
 # ---- IoU losses ---------------------------------------------------------------------------------
 
 
+@watched
 def box_iou_loss(
     pred: Tensor,
     target: Tensor,
@@ -138,6 +140,7 @@ backend.refuse_double_backward("box_iou_loss_backward")
 # ---- focal loss ---------------------------------------------------------------------------------
 
 
+@watched
 def sigmoid_focal_loss(
     logits: Tensor,
     targets: Tensor,

@@ -13,6 +13,7 @@ from dlkernels import backend
 from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
 from dlkernels.dense_block import reference
 from dlkernels.memory_format import memory_format_of
+from dlkernels.watch import watched
 
 MEMORY = ("balanced", "minimal")
 
@@ -35,6 +36,7 @@ class NormConv(NamedTuple):
     weight: Tensor
 
 
+@watched
 def dense_block(
     x: Tensor,
     layers: Sequence[Sequence[NormConv]],

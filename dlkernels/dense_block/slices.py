@@ -19,8 +19,10 @@ from dlkernels.dense_block.op import (
     update_running,
 )
 from dlkernels.memory_format import empty_maps, new_maps
+from dlkernels.watch import watched
 
 
+@watched
 def channel_statistics(
     maps: Tensor, first: int = 0, count: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +54,7 @@ def channel_statistics(
     return _STATISTICS(maps, first, count)
 
 
+@watched
 def bn_relu_conv1x1(
     maps: Tensor,
     layer: NormConv,

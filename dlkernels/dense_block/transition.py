@@ -20,8 +20,10 @@ from dlkernels.dense_block.op import (
     update_running,
 )
 from dlkernels.memory_format import empty_maps, memory_format_of
+from dlkernels.watch import watched
 
 
+@watched
 def transition(
     x: Tensor,
     layer: NormConv,

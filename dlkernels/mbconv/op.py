@@ -14,6 +14,7 @@ from dlkernels.checks import check_choice, check_maps, check_tensor, describe
 from dlkernels.mbconv import reference
 from dlkernels.mbconv.reference import Norm
 from dlkernels.memory_format import memory_format_of
+from dlkernels.watch import watched
 
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
@@ -42,6 +43,7 @@ class DepthwiseOutput(NamedTuple):
     input_var: Tensor | None
 
 
+@watched
 def depthwise_conv_bn_act(
     x: Tensor,
     weight: Tensor,

@@ -11,10 +11,12 @@ from dlkernels import backend
 from dlkernels.checks import check_choice, check_like, check_maps, check_shape, describe
 from dlkernels.memory_format import empty_maps
 from dlkernels.squeeze_excite import reference
+from dlkernels.watch import watched
 
 _TRITON = "dlkernels.squeeze_excite.triton"
 
 
+@watched
 def squeeze_excite(
     x: Tensor,
     reduce_weight: Tensor,
