@@ -12,7 +12,7 @@ from dlkernels.batch_norm_act import reference
 from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
 from dlkernels.memory_format import empty_maps
 
-_TRITON = None
+_TRITON = "dlkernels.batch_norm_act.triton"
 
 
 class BatchNormActOutput(NamedTuple):
