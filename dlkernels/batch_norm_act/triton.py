@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlkernels.memory_format import empty_maps, to_format_of
+from dlkernels.memory_format import empty_maps, memory_format_of, to_format_of
 from dlkernels.triton_support import Budget, MapTiles, launch, relu, strides_of_maps
 
 BLOCK_ROWS = 16
@@ -568,7 +568,9 @@ def batch_norm_act(
     tiles = MapTiles(out)
     splits, stretch = tiles.splits, tiles.stretch
     if not pool:
-        splits, stretch = tiles.a_blocks, tiles.options["BLOCK_A"]
+        # Few tiles, but more than one, so that the channels' values weigh little beside them.
+        stretch = max(1, min(4, tiles.a_blocks)) * tiles.options["BLOCK_A"]
+        splits = triton.cdiv(tiles.area, stretch)
     partial = x.new_empty((tiles.samples, splits, tiles.channels), dtype=torch.float32)
     launch(
         norm_act_kernel,
@@ -596,9 +598,10 @@ def batch_norm_act_backward(
     eps: float,
     activation: str,
     negative_slope: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``dlkernels::batch_norm_act_backward``."""
-    grad_x = empty_maps(x)
+    """The op ``dlkernels::batch_norm_act_backward``; ``dtype`` is that of grad_x, if another."""
+    grad_x = torch.empty_like(x, dtype=dtype, memory_format=memory_format_of(x))
     x, grad_out = to_format_of(grad_x, x), to_format_of(grad_x, grad_out)
     tiles = MapTiles(grad_x)
     rows = Rows(tiles)
