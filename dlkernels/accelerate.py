@@ -59,6 +59,7 @@ BLOCK_ACTIVATIONS = {
 CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 # Modules without parameters that the block's own options stand for.
 DROPS = ("StochasticDepth", "DropPath", "Identity", "Dropout")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NOT_SUPPORTED = {
     "timm.layers.squeeze_excite.EffectiveSEModule": "it has one layer, not two",
     "timm.layers.squeeze_excite.SqueezeExciteCl": "it takes maps of shape [N, H, W, C]",
@@ -82,7 +83,7 @@ class Report:
     def restore(self) -> nn.Module:
         """Puts the original modules back, in the model's mode, and returns the model."""
         for name, original in self.swapped.items():
-            original.train(self.model.get_submodule(name).training)
+            _follow_mode(original, self.model.get_submodule(name))
             _replace(self.model, name, original)
         self.swapped.clear()
         return self.model
@@ -141,6 +142,15 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def _follow_mode(module: Any, other: nn.Module) -> Any:
+    """Gives ``module`` the mode of ``other``; layers that both hold keep theirs: frozen norms."""
+    shared = {id(child) for child in other.modules()}
+    for child in module.modules():
+        if id(child) not in shared:
+            child.training = other.training
+    return module
+
+
 def _reason_to_leave(name: str, module: nn.Module) -> str | None:
     kind = _type_name(module)
     if kind in NOT_SUPPORTED:
@@ -163,7 +173,7 @@ def _own_differences(kind: str, module: nn.Module) -> Iterator[str | None]:
 
 def _shared_differences(module: nn.Module) -> Iterator[str]:
     for child in module.modules():
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+        if any(getattr(child, hooks) for hooks in HOOKS):
             yield "it has hooks, which the fused module would not call"
         if hasattr(child, "parametrizations"):
             yield "its parameters are parametrized"
@@ -243,7 +253,7 @@ def _fuse_squeeze_excite(module: nn.Module) -> SqueezeExcite:
         activation=ACTIVATIONS[type(activation).__name__],
         gate=GATES[type(gate).__name__],
     )
-    return fused.train(module.training)
+    return _follow_mode(fused, module)
 
 
 def _fuse_dense_block(block: nn.Module) -> DenseBlock:
@@ -254,7 +264,7 @@ def _fuse_dense_block(block: nn.Module) -> DenseBlock:
     )
     memory = "minimal" if checkpoints else "balanced"
     fused = DenseBlock.from_layers(dict(block.named_children()), memory=memory)
-    return fused.train(block.training)
+    return _follow_mode(fused, block)
 
 
 # ---- inverted residual blocks -------------------------------------------------------------------
@@ -372,7 +382,7 @@ def _fuse_block(module: nn.Module) -> MBConv:
         same_padding=_type_name(block.parts["depthwise"]) == CONVOLUTIONS[1],
         **options,
     )
-    return fused.train(module.training)
+    return _follow_mode(fused, module)
 
 
 def _drop_path(module: nn.Module) -> float:

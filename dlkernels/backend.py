@@ -19,7 +19,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,17 +308,25 @@ def _missing_kernels(name: str, triton_module: str | None) -> dict[str, str | No
     return {backend: reason(backend) for backend in BACKENDS}
 
 
-def register_autocast(name: str) -> None:
+def register_autocast(name: str, arguments: Collection[str] | None = None) -> None:
     """Under autocast the op casts its floating-point tensors to the autocast dtype.
 
     Accumulation inside the kernels stays in float32.
+
+    Args:
+        name: the op's name without its namespace.
+        arguments: the names of those that are cast; None for all.
     """
     op = getattr(torch.ops.dlkernels, name).default
+    names = [argument.name for argument in op._schema.arguments]
+    casts = [arguments is None or name in arguments for name in names]
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        _LIBRARY.impl(name, _autocast_kernel(op, device, key), key)
+        _LIBRARY.impl(name, _autocast_kernel(op, casts, device, key), key)
 
 
-def _autocast_kernel(op: Callable[..., Any], device: str, key: str) -> Callable[..., Any]:
+def _autocast_kernel(
+    op: Callable[..., Any], casts: Sequence[bool], device: str, key: str
+) -> Callable[..., Any]:
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(arg: Any, dtype: torch.dtype) -> Any:
@@ -330,8 +338,10 @@ def _autocast_kernel(op: Callable[..., Any], device: str, key: str) -> Callable[
 
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
+        # Defaults at the end may be left out.
+        pairs = zip(args, casts, strict=False)
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return op(*(cast(arg, dtype) for arg in args))
+            return op(*(cast(arg, dtype) if wanted else arg for arg, wanted in pairs))
 
     return kernel
 

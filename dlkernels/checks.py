@@ -50,14 +50,19 @@ def check_shape(name: str, value: torch.Tensor, shape: Sequence[int], meaning: s
 def check_like(name: str, value: Any, other_name: str, other: torch.Tensor) -> None:
     """``value`` is a tensor of the device and, outside autocast, of the dtype of ``other``."""
     check_tensor(name, value)
+    check_device(name, value, other_name, other)
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        raise TypeError(
+            f"{name} must have the dtype of {other_name}, {other.dtype}, but is {value.dtype}"
+        )
+
+
+def check_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """``value`` is on the device of ``other``."""
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, "
             f"but is on {value.device}"
-        )
-    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
-        raise TypeError(
-            f"{name} must have the dtype of {other_name}, {other.dtype}, but is {value.dtype}"
         )
 
 

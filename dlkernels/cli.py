@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     demo = commands.add_parser("demo", help="shows networks before and after accelerate()")
     demo.add_argument("--output", default="out/demo.png", help="where the chart goes")
     demo.set_defaults(run=_run_demo)
+    _add_detect(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -29,6 +30,30 @@ def _run_demo(options: argparse.Namespace) -> None:
     from dlkernels.demo import run
 
     run(Path(options.output))
+
+
+def _add_detect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    detect = commands.add_parser("detect", help="draws the objects in images, and prints JSON")
+    detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    detect.add_argument("--model", help="the detector's name; by default the checkpoint's")
+    detect.add_argument("--weights", type=Path, required=True, help="a checkpoint of a detector")
+    detect.add_argument("--output", type=Path, default=Path("out"), help="folder of the PNGs")
+    detect.add_argument("--threshold", type=float, default=0.3, help="least score")
+    detect.set_defaults(run=_run_detect)
+
+
+def _run_detect(options: argparse.Namespace) -> None:
+    # Imported here: it needs torchvision, which the library does not.
+    from dlkernels.models.detection.pictures import detect_files
+
+    try:
+        print(
+            detect_files(
+                options.images, options.model, options.weights, options.output, options.threshold
+            )
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def info_text() -> str:

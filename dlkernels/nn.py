@@ -1,7 +1,11 @@
 """The drop-in modules of every family."""
 
 from dlkernels.asff.modules import ASFF
-from dlkernels.batch_norm_act.modules import BatchNormAct2d
+from dlkernels.batch_norm_act.modules import (
+    BatchNormAct2d,
+    SyncBatchNormAct2d,
+    convert_sync_batchnorm,
+)
 from dlkernels.dense_block.modules import DenseBlock, DenseLayer, Transition
 from dlkernels.mbconv.modules import DepthwiseConvBNAct, MBConv
 from dlkernels.squeeze_excite.modules import SqueezeExcite
@@ -14,5 +18,7 @@ __all__ = [
     "DepthwiseConvBNAct",
     "MBConv",
     "SqueezeExcite",
+    "SyncBatchNormAct2d",
     "Transition",
+    "convert_sync_batchnorm",
 ]

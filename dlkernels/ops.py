@@ -6,6 +6,7 @@ from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.dense_block.op import NormConv, dense_block
+from dlkernels.dense_block.slices import bn_relu_conv1x1, channel_statistics
 from dlkernels.dense_block.transition import transition
 from dlkernels.mbconv.op import Norm, depthwise_conv_bn_act
 from dlkernels.squeeze_excite.op import squeeze_excite
@@ -16,7 +17,9 @@ __all__ = [
     "asff_fuse",
     "atss_assign",
     "batch_norm_act",
+    "bn_relu_conv1x1",
     "box_iou_loss",
+    "channel_statistics",
     "dense_block",
     "depthwise_conv_bn_act",
     "fcos_assign",

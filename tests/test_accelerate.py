@@ -90,6 +90,28 @@ def test_shared_module_stays_shared_and_mode_follows():
     assert shared.training
 
 
+@pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121"])
+def test_frozen_norms_stay_frozen(name):
+    model = torchvision.models.get_model(name).train()
+    for index, module in enumerate(model.modules()):
+        if isinstance(module, torch.nn.BatchNorm2d) and index % 2:
+            module.eval()
+    modes = {key: module.training for key, module in model.named_modules()}
+    report = dlkernels.accelerate(model)
+    assert report.swapped
+    layers = (torch.nn.BatchNorm2d, torch.nn.Conv2d)
+    for key, module in model.named_modules():
+        assert not isinstance(module, layers) or module.training == modes[key]
+    report.restore()
+    assert {key: module.training for key, module in model.named_modules()} == modes
+
+
+def test_a_hook_on_the_backward_pass_is_respected():
+    model = torch.nn.Sequential(timm.layers.SEModule(16))
+    model[0].register_full_backward_pre_hook(lambda *_: None)
+    assert "hooks" in dlkernels.accelerate(model).left["0"]
+
+
 def test_the_model_itself_and_bad_input():
     assert "itself" in str(dlkernels.accelerate(timm.layers.SEModule(16)))
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, but is str"):

@@ -17,9 +17,10 @@ from pathlib import Path
 from build_wheel import ROOT, build_wheel
 from variants import VARIANTS
 
-# Tests of the ops themselves; what surrounds them needs torchvision and timm for that torch too.
+# Tests of the ops themselves; what surrounds them needs timm too.
 TESTS = ["test_numbers.py", "test_op.py", "test_bad_input.py"]
-REQUIREMENTS = ["numpy", "pytest", "hypothesis"]
+# Each torchvision pins the torch that it was built for, so that pip picks the one that fits.
+REQUIREMENTS = ["torchvision", "numpy", "pytest", "hypothesis"]
 
 
 def main() -> None:

@@ -94,46 +94,58 @@ DLKERNELS_INLINE Pair sum_pairs_of(int64_t size, const Value& value) {
   return {sum(total.first), sum(total.second)};
 }
 
+// total[i] += value(i, lanes) for the vectors of [0, size).
+template <typename Value>
+DLKERNELS_INLINE void add_row(int64_t size, float* total, const Value& value) {
+  constexpr int64_t kVecs = 4;
+  int64_t i = 0;
+  for (; i + kVecs * kVecSize <= size; i += kVecs * kVecSize) {
+    Vec sums[kVecs];
+    for (int64_t v = 0; v < kVecs; ++v) {
+      const int64_t at = i + v * kVecSize;
+      sums[v] = load(total + at) + value(at, Full{});
+    }
+    for (int64_t v = 0; v < kVecs; ++v) {
+      store(total + i + v * kVecSize, sums[v]);
+    }
+  }
+  for (; i + kVecSize <= size; i += kVecSize) {
+    store(total + i, load(total + i) + value(i, Full{}));
+  }
+  if (i < size) {
+    const int64_t lanes = size - i;
+    store(total + i, load(total + i, lanes) + value(i, lanes), lanes);
+  }
+}
+
 // sums[column] = the sum over rows of value(row, column, lanes). Rows are read
-// in order, a stretch of columns at a time, so that memory streams.
+// in order, one after another and a stretch of columns at a time, so that
+// memory streams.
 template <typename Value>
 DLKERNELS_INLINE void sum_columns(
     int64_t rows, int64_t columns, float* sums, const Value& value) {
   constexpr int64_t kStretch = 512;
-  constexpr int64_t kBlock = 64;
+  constexpr int64_t kBlock = 32;
+  const auto clear = [](float* total, int64_t width) {
+    for_each_vec(
+        width, [&](int64_t c, auto lanes) { store(total + c, Vec{}, lanes); });
+  };
   for (int64_t first = 0; first < columns; first += kStretch) {
     const int64_t rest = columns - first;
     const int64_t width = rest < kStretch ? rest : kStretch;
     float* total = sums + first;
-    for_each_vec(
-        width, [&](int64_t c, auto lanes) { store(total + c, Vec{}, lanes); });
+    clear(total, width);
     float block[kStretch];
     for (int64_t begin = 0; begin < rows; begin += kBlock) {
       const int64_t end = begin + kBlock < rows ? begin + kBlock : rows;
-      for_each_vec(width, [&](int64_t c, auto lanes) {
-        store(block + c, Vec{}, lanes);
-      });
-      int64_t row = begin;
-      for (; row + 4 <= end; row += 4) {
-        for_each_vec(width, [&](int64_t c, auto lanes) {
-          const Vec ab =
-              value(row, first + c, lanes) + value(row + 1, first + c, lanes);
-          const Vec cd = value(row + 2, first + c, lanes) +
-                         value(row + 3, first + c, lanes);
-          store(block + c, load(block + c, lanes) + (ab + cd), lanes);
+      clear(block, width);
+      for (int64_t row = begin; row < end; ++row) {
+        add_row(width, block, [&](int64_t c, auto lanes) {
+          return value(row, first + c, lanes);
         });
       }
-      for (; row < end; ++row) {
-        for_each_vec(width, [&](int64_t c, auto lanes) {
-          store(
-              block + c,
-              load(block + c, lanes) + value(row, first + c, lanes),
-              lanes);
-        });
-      }
-      for_each_vec(width, [&](int64_t c, auto lanes) {
-        store(
-            total + c, load(total + c, lanes) + load(block + c, lanes), lanes);
+      add_row(width, total, [&](int64_t c, auto lanes) {
+        return load(block + c, lanes);
       });
     }
   }

@@ -23,6 +23,9 @@ class Batch {
   static constexpr int64_t kCacheBytes = 3 << 19;
   // Results of that size are not found in cache by whoever reads them next.
   static constexpr int64_t kStreamedBytes = 16 << 20;
+  // Cache lines that are streamed in part are slow: many of a short run's are.
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kLongRunBytes = 8 << 10;
 
   // A group reads `weight_bytes` of weights.
   Batch(const Tensor& x, MemoryFormat format, int64_t weight_bytes)
@@ -36,7 +39,11 @@ class Batch {
             /*parts=*/1,
             /*streamed=*/false},
         bytes_(maps_.channels * maps_.area * element_size(x)) {
-    maps_.streamed = samples_ * bytes_ >= kStreamedBytes;
+    const int64_t run_bytes =
+        (maps_.channels_last ? maps_.channels : maps_.area) * element_size(x);
+    maps_.streamed =
+        samples_ * bytes_ >= kStreamedBytes &&
+        (run_bytes % kLineBytes == 0 || run_bytes >= kLongRunBytes);
     const int64_t group_bytes = std::max(kCacheBytes, weight_bytes);
     const int64_t fitting =
         std::max<int64_t>(1, group_bytes / std::max<int64_t>(1, bytes_));

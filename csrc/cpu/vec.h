@@ -190,9 +190,22 @@ DLKERNELS_INLINE void store(float* to, Vec value, int64_t count) {
       static_cast<__mmask16>((1u << count) - 1),
       reinterpret_cast<__m512>(value));
 #elif defined(__AVX2__)
-  const IntVec mask = lane_indices() < static_cast<int32_t>(count);
-  _mm256_maskstore_ps(
-      to, reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256>(value));
+  // Not a masked store, which is slow on some processors.
+  const __m256 all = reinterpret_cast<__m256>(value);
+  __m128 rest = _mm256_castps256_ps128(all);
+  if (count & 4) {
+    _mm_storeu_ps(to, rest);
+    rest = _mm256_extractf128_ps(all, 1);
+    to += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(to), rest);
+    rest = _mm_movehl_ps(rest, rest);
+    to += 2;
+  }
+  if (count & 1) {
+    _mm_store_ss(to, rest);
+  }
 #else
   for (int64_t i = 0; i < count; ++i) {
     to[i] = value[i];

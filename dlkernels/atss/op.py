@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dlkernels import backend
 from dlkernels.atss import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.targets import (
     check_counts,
-    check_device,
+    check_proper,
     check_valid,
     counts_of,
+    padded_boxes,
     prepared,
 )
-from dlkernels.checks import check_shape, check_tensor, describe
+from dlkernels.checks import check_device, check_shape, check_tensor, describe
 
 MAX_LEVELS = 16
 
@@ -93,13 +92,13 @@ def atss_assign(
     """
     if topk < 1:
         raise ValueError(f"topk must be at least 1, but is {topk}")
-    boxes = _padded("gt_boxes", gt_boxes)
+    boxes = padded_boxes("gt_boxes", gt_boxes)
     device = boxes.device
-    counts = _counts(gt_boxes, num_gt, boxes)
-    ignored = None if gt_ignore is None else _padded("gt_ignore", gt_ignore)
+    counts = counts_of(gt_boxes, num_gt, boxes)
+    ignored = None if gt_ignore is None else padded_boxes("gt_ignore", gt_ignore)
     if ignored is not None:
         check_shape("gt_ignore", ignored, [len(boxes), ignored.shape[1], 4], "B of gt_boxes")
-        check_device("gt_ignore", ignored, boxes)
+        check_device("gt_ignore", ignored, "gt_boxes", boxes)
 
     if isinstance(anchors, AnchorGrid):
         levels, per_location = _layout_of(anchors, num_level_anchors, anchors_per_location)
@@ -118,7 +117,7 @@ def atss_assign(
     if check_boxes or (check_boxes is None and device.type == "cpu" and not _is_tracing()):
         if num_gt is not None:
             check_counts(counts, boxes.shape[1])
-        _check_proper(boxes, counts)
+        check_proper(boxes, counts)
 
     targets = (boxes, counts, ignored, valid, topk * per_location, ignore_iof_thr)
     if backend.select("atss_assign", boxes) == "reference":
@@ -135,34 +134,6 @@ def atss_assign(
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _padded(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-    """Boxes [B, G, 4] in float32, those of a list padded with zeros."""
-    if isinstance(boxes, Tensor):
-        check_tensor(name, boxes)
-        if boxes.dim() != 3 or boxes.shape[2] != 4:
-            raise ValueError(f"{name} must have shape [B, boxes, 4], but is {describe(boxes)}")
-        return prepared(boxes)
-    if not boxes:
-        raise ValueError(f"{name} must have at least one image where it is a list, but is empty")
-    for image, tensor in enumerate(boxes):
-        check_tensor(f"{name}[{image}]", tensor)
-        if tensor.dim() != 2 or tensor.shape[1] != 4:
-            raise ValueError(
-                f"{name}[{image}] must have shape [boxes, 4], but is {describe(tensor)}"
-            )
-        check_device(f"{name}[{image}]", tensor, boxes[0])
-    return pad_sequence([prepared(tensor) for tensor in boxes], batch_first=True)
-
-
-def _counts(gt_boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None, padded: Tensor) -> Tensor:
-    """The number of boxes in each image, [B]."""
-    if not isinstance(gt_boxes, Tensor):
-        if num_gt is not None:
-            raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
-        return torch.tensor([len(boxes) for boxes in gt_boxes], device=padded.device)
-    return counts_of(num_gt, padded)
-
-
 def _levels(anchors: Tensor, num_level_anchors: Sequence[int] | None, boxes: Tensor) -> list[int]:
     check_tensor("anchors", anchors)
     images = len(boxes)
@@ -171,7 +142,7 @@ def _levels(anchors: Tensor, num_level_anchors: Sequence[int] | None, boxes: Ten
         raise ValueError(
             f"anchors must have shape [A, 4] or [{images}, A, 4], but is {describe(anchors)}"
         )
-    check_device("anchors", anchors, boxes)
+    check_device("anchors", anchors, "gt_boxes", boxes)
     if num_level_anchors is None or min(num_level_anchors, default=0) < 0:
         raise ValueError(
             "num_level_anchors must be the number of anchors of each level where anchors is a "
@@ -200,22 +171,6 @@ def _layout_of(
             f"{anchors_per_location}"
         )
     return levels, per_location
-
-
-def _check_proper(boxes: Tensor, counts: Tensor) -> None:
-    if boxes.numel() == 0:
-        return
-    least, largest = (boxes[..., 2:] - boxes[..., :2]).aminmax()
-    if least.item() >= 0 and largest.item() < math.inf:  # the padding, too: nothing more to do
-        return
-    is_box = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
-    improper = is_box & ~reference.is_proper(boxes)
-    if improper.any():
-        image, box = improper.nonzero()[0].tolist()
-        raise ValueError(
-            "gt_boxes must be finite with x1 <= x2 and y1 <= y2, but box "
-            f"{box} of image {image} is {boxes[image, box].tolist()}"
-        )
 
 
 def _is_tracing() -> bool:

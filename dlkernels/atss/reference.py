@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dlkernels.boxes.reference import is_proper
+
 IGNORED = -2
 
 
@@ -46,12 +48,6 @@ def atss_assign(
             anchors[image], num_level_anchors, usable[image], gt_boxes[image], is_box[image], k
         )
     return assigned.masked_fill(ignored, IGNORED), iou
-
-
-def is_proper(boxes: Tensor) -> Tensor:
-    """Which boxes [..., 4] are neither NaN nor infinite nor inverted, [...]."""
-    size = boxes[..., 2:] - boxes[..., :2]
-    return ((size >= 0) & (size < torch.inf)).all(-1)
 
 
 def _assign_image(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.op import BatchNormActOutput, batch_norm_act
-from dlkernels.batch_norm_act.reference import ACTIVATIONS
+from dlkernels.batch_norm_act.reference import ACTIVATIONS, activate
+from dlkernels.batch_norm_act.sync import apply_norm
 from dlkernels.checks import check_choice
 
 
@@ -14,7 +15,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """Batch norm and activation (Ioffe and Szegedy 2015) in one fused op.
 
     Parameters, buffers, state-dict keys and running statistics are those of ``nn.BatchNorm2d``. See
-    :func:`dlkernels.ops.batch_norm_act` for the formula and what is saved for backward.
+    :func:`dlkernels.ops.batch_norm_act` for the formula and what is saved for backward. torch's own
+    ``convert_sync_batchnorm`` would drop the activation; use
+    :func:`dlkernels.nn.convert_sync_batchnorm`.
 
     Args:
         num_features: C, the channels of the input.
@@ -92,6 +95,66 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         """The options, as ``print(module)`` shows them."""
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class SyncBatchNormAct2d(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` and an activation in plain PyTorch, on any device.
+
+    What :func:`convert_sync_batchnorm` makes of :class:`BatchNormAct2d`; state-dict keys are the
+    same.
+    """
+
+    activation: str
+    negative_slope: float
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, sample_scale: Tensor | None = None
+    ) -> Tensor:
+        """As :meth:`BatchNormAct2d.forward`, with the statistics of all processes."""
+        out = activate(apply_norm(self, input), self.activation, self.negative_slope)
+        if sample_scale is not None:
+            out = out * sample_scale[:, None, None, None].to(out.dtype)
+        return out if residual is None else out + residual
+
+    def pooled(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`BatchNormAct2d.pooled`."""
+        out = self(input)
+        return out, out.mean((2, 3))
+
+
+def convert_sync_batchnorm(
+    module: nn.Module, process_group: torch.distributed.ProcessGroup | None = None
+) -> nn.Module:
+    """Makes all batch norms take their statistics from all processes, activations kept.
+
+    As ``nn.SyncBatchNorm.convert_sync_batchnorm``, which knows nothing of activations inside norms.
+    Fused modules with such norms run layer by layer in plain PyTorch.
+
+    Args:
+        module: changed in place, unless it is a batch norm itself.
+        process_group: the processes; None for all.
+
+    Returns:
+        The module, or what replaces it. Parameters and buffers stay the same objects.
+    """
+    if isinstance(module, BatchNormAct2d):
+        sync = SyncBatchNormAct2d(
+            module.num_features,
+            module.eps,
+            module.momentum,
+            module.affine,
+            module.track_running_stats,
+            process_group,
+        )
+        sync._parameters, sync._buffers = module._parameters, module._buffers
+        sync.activation, sync.negative_slope = module.activation, module.negative_slope
+        sync.training = module.training
+        return sync
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in list(module.named_children()):
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
 
 
 def values_per_channel(maps: Tensor) -> int:

@@ -11,6 +11,7 @@ from dlkernels import backend
 from dlkernels.boxes import reference
 from dlkernels.checks import (
     check_choice,
+    check_device,
     check_like,
     check_shape,
     check_tensor,
@@ -217,7 +218,7 @@ def _check_targets(targets: Any, logits: Tensor) -> None:
                 f"targets must be int64 labels or of the dtype of logits, {logits.dtype}, "
                 f"but is {targets.dtype}"
             )
-        _check_device("targets", targets, logits)
+        check_device("targets", targets, "logits", logits)
         check_shape("targets", targets, logits.shape[:-1], "one label per row of logits")
     else:
         check_like("targets", targets, "logits", logits)
@@ -227,16 +228,9 @@ def _check_targets(targets: Any, logits: Tensor) -> None:
 
 def _check_weight(weight: Any, logits: Tensor) -> None:
     check_tensor("weight", weight)
-    _check_device("weight", weight, logits)
+    check_device("weight", weight, "logits", logits)
     check_shape("weight", weight, logits.shape[:-1], "one value per row of logits")
     _check_constant("weight", weight)
-
-
-def _check_device(name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
-        raise ValueError(
-            f"{name} must be on the device of logits, {logits.device}, but is on {value.device}"
-        )
 
 
 def _check_constant(name: str, value: Tensor) -> None:

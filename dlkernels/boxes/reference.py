@@ -79,6 +79,12 @@ def _accumulating(tensor: Tensor) -> Tensor:
 # ---- assignment ---------------------------------------------------------------------------------
 
 
+def is_proper(boxes: Tensor) -> Tensor:
+    """Which boxes [..., 4] are neither NaN nor infinite nor inverted, [...]."""
+    size = boxes[..., 2:] - boxes[..., :2]
+    return ((size >= 0) & (size < torch.inf)).all(-1)
+
+
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of boxes [..., 4] of shapes that broadcast; 0 where they do not overlap."""
     ax1, ay1, ax2, ay2 = a.unbind(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dlkernels.boxes.anchors import AnchorGrid
-from dlkernels.checks import check_shape, check_tensor, describe
+from dlkernels.boxes.reference import is_proper
+from dlkernels.checks import check_device, check_shape, check_tensor, describe
 
 
 @dataclass(frozen=True)
@@ -35,48 +37,11 @@ class BoxBatch:
             ValueError: shapes or devices do not fit, ``num_gt`` is out of range, or a box is NaN,
                 infinite or inverted; the message names the image and the box.
         """
-        if isinstance(boxes, Tensor):
-            check_tensor("gt_boxes", boxes)
-            if boxes.dim() != 3 or boxes.shape[2] != 4:
-                raise ValueError(f"gt_boxes must have shape [B, G, 4], but is {describe(boxes)}")
-            batch = cls(prepared(boxes), counts_of(num_gt, boxes))
-        elif num_gt is not None:
-            raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
-        else:
-            batch = cls._of_list(boxes)
-        batch._check_proper()
-        return batch
-
-    @classmethod
-    def _of_list(cls, boxes: Sequence[Tensor]) -> BoxBatch:
-        if not isinstance(boxes, (list, tuple)):
-            raise TypeError(f"gt_boxes must be a tensor or a list, but is {type(boxes).__name__}")
-        if not boxes:
-            raise ValueError("gt_boxes must have at least one image, but is an empty list")
-        for image, tensor in enumerate(boxes):
-            check_tensor(f"gt_boxes[{image}]", tensor)
-            if tensor.dim() != 2 or tensor.shape[1] != 4:
-                raise ValueError(
-                    f"gt_boxes[{image}] must have shape [G, 4], but is {describe(tensor)}"
-                )
-            check_device(f"gt_boxes[{image}]", tensor, boxes[0])
-        padded = pad_sequence([prepared(tensor) for tensor in boxes], batch_first=True)
-        return cls(padded, torch.tensor([len(tensor) for tensor in boxes], device=padded.device))
-
-    def _check_proper(self) -> None:
-        check_counts(self.counts, self.boxes.shape[1])
-        size = self.boxes[..., 2:] - self.boxes[..., :2]
-        proper = self.boxes.isfinite().all(-1) & (size >= 0).all(-1)
-        improper = (~proper & self._is_box()).nonzero()
-        if len(improper):
-            image, box = improper[0].tolist()
-            raise ValueError(
-                "gt_boxes must be finite with x1 <= x2 and y1 <= y2, but box "
-                f"{box} of image {image} is {self.boxes[image, box].tolist()}"
-            )
-
-    def _is_box(self) -> Tensor:
-        return torch.arange(self.boxes.shape[1], device=self.boxes.device) < self.counts[:, None]
+        padded = padded_boxes("gt_boxes", boxes)
+        counts = counts_of(boxes, num_gt, padded)
+        check_counts(counts, padded.shape[1])
+        check_proper(padded, counts)
+        return cls(padded, counts)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -110,7 +75,7 @@ def anchor_boxes(
         raise ValueError(
             f"anchors must have shape [A, 4] or [{len(batch)}, A, 4], but is {describe(anchors)}"
         )
-    check_device("anchors", anchors, batch.boxes)
+    check_device("anchors", anchors, "gt_boxes", batch.boxes)
     if num_level_anchors is None:
         return prepared(anchors), None
     if min(num_level_anchors, default=0) < 0 or sum(num_level_anchors) != anchors.shape[-2]:
@@ -136,15 +101,7 @@ def check_valid(valid: Any, boxes: Tensor, anchors: int) -> None:
             f"valid must have shape [{anchors}] or [{len(boxes)}, {anchors}], "
             f"but is {describe(valid)}"
         )
-    check_device("valid", valid, boxes)
-
-
-def check_device(name: str, tensor: Tensor, boxes: Tensor) -> None:
-    """The tensor is where the boxes are."""
-    if tensor.device != boxes.device:
-        raise ValueError(
-            f"{name} must be on the device of gt_boxes, {boxes.device}, but is on {tensor.device}"
-        )
+    check_device("valid", valid, "gt_boxes", boxes)
 
 
 def check_counts(counts: Tensor, most: int) -> None:
@@ -158,24 +115,75 @@ def check_counts(counts: Tensor, most: int) -> None:
         )
 
 
+def check_proper(boxes: Tensor, counts: Tensor) -> None:
+    """The first ``counts`` boxes of each image are finite and not inverted.
+
+    Raises:
+        ValueError: one is not; the message names the image and the box.
+    """
+    if boxes.numel() == 0:
+        return
+    least, largest = (boxes[..., 2:] - boxes[..., :2]).aminmax()
+    if least.item() >= 0 and largest.item() < math.inf:  # the padding, too: nothing more to do
+        return
+    is_box = torch.arange(boxes.shape[1], device=boxes.device) < counts[:, None]
+    improper = is_box & ~is_proper(boxes)
+    if improper.any():
+        image, box = improper.nonzero()[0].tolist()
+        raise ValueError(
+            "gt_boxes must be finite with x1 <= x2 and y1 <= y2, but box "
+            f"{box} of image {image} is {boxes[image, box].tolist()}"
+        )
+
+
 def prepared(boxes: Tensor) -> Tensor:
     """As kernels read boxes: contiguous float32 without a gradient."""
     return boxes.detach().float().contiguous()
 
 
-def counts_of(num_gt: Tensor | None, boxes: Tensor) -> Tensor:
-    """The number of boxes in each image, int64 [B]: ``num_gt``, or all of ``boxes`` [B, G, 4].
+def padded_boxes(name: str, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """The boxes of each image in one tensor, float32 [B, G, 4], those of a list padded with zeros.
+
+    Raises:
+        TypeError: ``boxes`` is neither tensor nor list of tensors, or of a wrong dtype.
+        ValueError: shapes or devices do not fit, or the list is empty.
+    """
+    if isinstance(boxes, Tensor):
+        check_tensor(name, boxes)
+        if boxes.dim() != 3 or boxes.shape[2] != 4:
+            raise ValueError(f"{name} must have shape [B, boxes, 4], but is {describe(boxes)}")
+        return prepared(boxes)
+    if not isinstance(boxes, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list, but is {type(boxes).__name__}")
+    if not boxes:
+        raise ValueError(f"{name} must have at least one image, but is an empty list")
+    for image, tensor in enumerate(boxes):
+        check_tensor(f"{name}[{image}]", tensor)
+        if tensor.dim() != 2 or tensor.shape[1] != 4:
+            raise ValueError(
+                f"{name}[{image}] must have shape [boxes, 4], but is {describe(tensor)}"
+            )
+        check_device(f"{name}[{image}]", tensor, f"{name}[0]", boxes[0])
+    return pad_sequence([prepared(tensor) for tensor in boxes], batch_first=True)
+
+
+def counts_of(boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None, padded: Tensor) -> Tensor:
+    """The number of boxes in each image, int64 [B]: ``num_gt``, or all of them.
 
     Raises:
         TypeError: ``num_gt`` is no integer tensor.
-        ValueError: its shape or device does not fit.
+        ValueError: its shape or device does not fit, or there is one beside a list.
     """
-    images, most = boxes.shape[:2]
+    if not isinstance(boxes, Tensor):
+        if num_gt is not None:
+            raise ValueError("num_gt must be None where gt_boxes is a list, whose lengths tell it")
+        return torch.tensor([len(tensor) for tensor in boxes], device=padded.device)
+    images, most = padded.shape[:2]
     if num_gt is None:
-        return torch.full((images,), most, device=boxes.device)
+        return torch.full((images,), most, device=padded.device)
     if not isinstance(num_gt, Tensor) or num_gt.dtype not in (torch.int64, torch.int32):
         found = num_gt.dtype if isinstance(num_gt, Tensor) else type(num_gt).__name__
         raise TypeError(f"num_gt must be an int64 tensor, but is {found}")
     check_shape("num_gt", num_gt, [images], "[B] of gt_boxes")
-    check_device("num_gt", num_gt, boxes)
+    check_device("num_gt", num_gt, "gt_boxes", padded)
     return num_gt.long().contiguous()

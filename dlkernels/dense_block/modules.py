@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
 from dlkernels.dense_block.op import MEMORY, NormConv, dense_block
 from dlkernels.dense_block.transition import transition
@@ -62,7 +63,8 @@ class DenseBlock(nn.ModuleDict):
     See :func:`dlkernels.ops.dense_block` for the formula and what is saved for backward. Arguments
     and state-dict keys are those of torchvision's ``_DenseBlock`` and timm's ``DenseBlock``.
 
-    Batch norms that differ in mode, momentum or eps run layer by layer in plain PyTorch.
+    Batch norms that differ in mode, momentum or eps, or are ``nn.SyncBatchNorm``, run layer by
+    layer in plain PyTorch.
 
     Args:
         num_layers: layers.
@@ -143,6 +145,8 @@ class Transition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
+        if is_synchronized(self.norm):
+            return F.conv2d(F.avg_pool2d(F.relu(apply_norm(self.norm, x)), 2), self.conv.weight)
         training = _uses_batch(self.norm)
         momentum = _count_batch([self.norm], self.norm.momentum)
         return transition(
@@ -164,6 +168,8 @@ def _pairs(layer: Any) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
 def _run(layers: Sequence[Any], x: Tensor, memory: str) -> Tensor:
     """The block's output, by the fused op where all batch norms work alike."""
     norms = [norm for layer in layers for norm, _ in _pairs(layer)]
+    if any(is_synchronized(norm) for norm in norms):
+        return _run_plain(layers, x)
     modes = {(_uses_batch(norm), norm.momentum, norm.eps) for norm in norms}
     dropouts = {(layer.drop_rate, layer.training or layer.drop_rate == 0) for layer in layers}
     if len(modes) > 1 or len(dropouts) > 1 or any(norm.weight is None for norm in norms):
@@ -213,6 +219,6 @@ def _run_plain(layers: Sequence[Any], x: Tensor) -> Tensor:
     for layer in layers:
         new = x
         for norm, conv in _pairs(layer):
-            new = conv(F.relu(nn.BatchNorm2d.forward(norm, new)))
+            new = conv(F.relu(apply_norm(norm, new)))
         x = torch.cat([x, F.dropout(new, layer.drop_rate, layer.training)], 1)
     return x

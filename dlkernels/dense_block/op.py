@@ -96,19 +96,15 @@ def dense_block(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
     stages = _check_layers(x, layers, training)
-    if training and x.numel() == x.shape[1] != 0:
-        raise ValueError(
-            "x must have more than one value per channel in training, but has shape "
-            f"{list(x.shape)}"
-        )
+    if training:
+        check_batch("x", x)
 
-    x, stages = cast_stages(x, stages)
+    weights = [stage.weight for stage in stages]
+    stages = [cast_norms(stage, x.dtype) for stage in stages]
     means = [] if training else [stage.running_mean for stage in stages]
     variances = [] if training else [stage.running_var for stage in stages]
     kept = _kept_by_dropout(x, layers, dropout) if training and dropout > 0 else None
-    arguments = (
-        x,
-        [stage.weight for stage in stages],
+    rest = (
         [stage.norm_weight for stage in stages],
         [stage.norm_bias for stage in stages],
         means,
@@ -118,12 +114,13 @@ def dense_block(
         eps,
     )
     if backend.select("dense_block", x) == "reference":
-        out, mean, variance = reference.dense_block(*arguments)
+        x, weights = cast_to_autocast(x, weights)
+        out, mean, variance = reference.dense_block(x, weights, *rest)
     else:
         saves = memory == "balanced" and _needs_gradient(x, stages)
-        out, _, mean, variance = _OP(*arguments, saves)
+        out, _, mean, variance = _OP(x, weights, *rest, saves)
     if training:
-        _update_running(layers, mean, variance, momentum, x)
+        _update_block(layers, mean, variance, momentum, x)
     return out
 
 
@@ -175,25 +172,35 @@ def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], trainin
             )
 
 
-def cast_stages(x: Tensor, stages: list[NormConv]) -> tuple[Tensor, list[NormConv]]:
-    """Maps and convolutions in the autocast dtype, norms in the dtype that kernels compute in."""
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    norms = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def cast(stage: NormConv) -> NormConv:
-        mean, variance = stage.running_mean, stage.running_var
-        return NormConv(
-            stage.norm_weight.to(norms),
-            stage.norm_bias.to(norms),
-            None if mean is None else mean.to(norms),
-            None if variance is None else variance.to(norms),
-            stage.weight.to(dtype),
+def check_batch(name: str, maps: Tensor) -> None:
+    """There is more than one value to take the statistics of a channel of."""
+    if maps.numel() == maps.shape[1] != 0:
+        raise ValueError(
+            f"{name} must have more than one value per channel in training, but has shape "
+            f"{list(maps.shape)}"
         )
 
-    return x.to(dtype), [cast(stage) for stage in stages]
+
+def cast_norms(stage: NormConv, dtype: torch.dtype) -> NormConv:
+    """The stage with its norm in the dtype that kernels compute in for maps of a dtype."""
+    norms = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, variance = stage.running_mean, stage.running_var
+    return NormConv(
+        stage.norm_weight.to(norms),
+        stage.norm_bias.to(norms),
+        None if mean is None else mean.to(norms),
+        None if variance is None else variance.to(norms),
+        stage.weight,
+    )
+
+
+def cast_to_autocast(maps: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What the op's autocast rule casts, for the reference formula."""
+    device = maps.device.type
+    if not torch.is_autocast_enabled(device) or maps.dtype == torch.float64:
+        return maps, weights
+    dtype = torch.get_autocast_dtype(device)
+    return maps.to(dtype), [weight.to(dtype) for weight in weights]
 
 
 def _kept_by_dropout(x: Tensor, layers: Sequence[Sequence[NormConv]], dropout: float) -> Tensor:
@@ -210,28 +217,43 @@ def _needs_gradient(x: Tensor, stages: list[NormConv]) -> bool:
     )
 
 
-@torch.no_grad()
-def _update_running(
+def _update_block(
     layers: Sequence[Sequence[NormConv]],
     mean: Tensor,
     variance: Tensor,
     momentum: float,
     x: Tensor,
 ) -> None:
-    """Moves the running statistics towards those of the batch, the variance unbiased."""
-    count = x.numel() // max(1, x.shape[1])
-    variance = variance * (count / max(1, count - 1))
-    running, batch = [], []
+    """Hands each norm of a block its part of the block's statistics."""
+    stages, means, variances = [], [], []
     between = x.shape[1] + len(layers) * layers[0][-1].weight.shape[0]
     for layer in layers:
-        firsts = (0, between)
-        for first, stage in zip(firsts, layer, strict=False):
-            channels = slice(first, first + stage.weight.shape[1])
-            for target, source in ((stage.running_mean, mean), (stage.running_var, variance)):
-                if target is not None:
-                    running.append(target)
-                    batch.append(source[channels].to(target.dtype))
+        for first, stage in zip((0, between), layer, strict=False):
+            stages.append(stage)
+            means.append(mean[first : first + stage.weight.shape[1]])
+            variances.append(variance[first : first + stage.weight.shape[1]])
         between += layer[-1].weight.shape[1]
+    update_running(stages, means, variances, momentum, x)
+
+
+@torch.no_grad()
+def update_running(
+    stages: Sequence[NormConv],
+    means: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    momentum: float,
+    maps: Tensor,
+) -> None:
+    """Moves the running statistics towards those of the batch, the variance unbiased."""
+    count = maps.numel() // max(1, maps.shape[1])
+    unbiased = torch._foreach_mul(list(variances), count / max(1, count - 1))
+    running, batch = [], []
+    for stage, mean, variance in zip(stages, means, unbiased, strict=True):
+        pairs = ((stage.running_mean, mean), (stage.running_var, variance))
+        for target, source in pairs:
+            if target is not None:
+                running.append(target)
+                batch.append(source.to(target.dtype))
     if running:
         torch._foreach_lerp_(running, batch, momentum)
 
@@ -349,4 +371,5 @@ _BACKWARD_OP = backend.define(
     _fake_backward,
 )
 backend.register_autograd("dense_block", _backward, _setup_context)
+backend.register_autocast("dense_block", ("x", "weights"))
 backend.refuse_double_backward("dense_block_backward")

@@ -78,3 +78,29 @@ def norm_relu_pool(
         return out, x.new_empty(0), x.new_empty(0)
     batch_variance, batch_mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
     return out, batch_mean, batch_variance
+
+
+def channel_statistics(maps: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a slice of channels, in float32 at least."""
+    part = maps[:, first : first + count]
+    part = part if part.dtype == torch.float64 else part.float()
+    variance, mean = torch.var_mean(part, (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def bn_relu_conv1x1(
+    maps: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    first: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, ReLU and 1x1 convolution of a slice, and its statistics where none are given."""
+    part = maps[:, first : first + weight.shape[1]]
+    out = F.conv2d(norm_relu(part, norm_weight, norm_bias, mean, variance, eps), weight)
+    if mean is not None:
+        return out, maps.new_empty(0), maps.new_empty(0)
+    return out, *channel_statistics(part.detach(), 0, weight.shape[1])

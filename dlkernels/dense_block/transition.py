@@ -11,7 +11,14 @@ from torch import Tensor
 from dlkernels import backend
 from dlkernels.checks import check_maps
 from dlkernels.dense_block import reference
-from dlkernels.dense_block.op import NormConv, cast_stages, check_stage
+from dlkernels.dense_block.op import (
+    NormConv,
+    cast_norms,
+    cast_to_autocast,
+    check_batch,
+    check_stage,
+    update_running,
+)
 from dlkernels.memory_format import empty_maps, memory_format_of
 
 
@@ -61,25 +68,20 @@ def transition(
     check_stage("layer", layer, x, [layer.weight.shape[0], channels, 1, 1], training)
     if min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2x2, but has shape {list(x.shape)}")
-    running_mean, running_var = layer.running_mean, layer.running_var
-    x, (layer,) = cast_stages(x, [layer])
-    mean, variance = (None, None) if training else (layer.running_mean, layer.running_var)
-    arguments = (x, layer.norm_weight, layer.norm_bias, mean, variance, eps)
-    if backend.select("norm_relu_pool", x) == "reference":
-        pooled, batch_mean, batch_variance = reference.norm_relu_pool(*arguments)
-    else:
-        pooled, batch_mean, batch_variance = _OP(*arguments)
     if training:
-        count = x.numel() // max(1, channels)
-        _update_running(running_mean, batch_mean, momentum)
-        _update_running(running_var, batch_variance * (count / max(1, count - 1)), momentum)
-    return F.conv2d(pooled, layer.weight)
-
-
-@torch.no_grad()
-def _update_running(running: Tensor | None, batch: Tensor, momentum: float) -> None:
-    if running is not None:
-        running.lerp_(batch.to(running.dtype), momentum)
+        check_batch("x", x)
+    norm = cast_norms(layer, x.dtype)
+    mean, variance = (None, None) if training else (norm.running_mean, norm.running_var)
+    rest = norm.norm_weight, norm.norm_bias, mean, variance, eps
+    if backend.select("norm_relu_pool", x) == "reference":
+        x, (weight,) = cast_to_autocast(x, [layer.weight])
+        pooled, mean, variance = reference.norm_relu_pool(x, *rest)
+    else:
+        weight = layer.weight
+        pooled, mean, variance = _OP(x, *rest)
+    if training:
+        update_running([layer], [mean], [variance], momentum, x)
+    return F.conv2d(pooled, weight)
 
 
 def _fake(
@@ -145,4 +147,5 @@ _BACKWARD_OP = backend.define(
     _fake_backward,
 )
 backend.register_autograd("norm_relu_pool", _backward, _setup_context)
+backend.register_autocast("norm_relu_pool", ("x",))
 backend.refuse_double_backward("norm_relu_pool_backward")

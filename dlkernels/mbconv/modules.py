@@ -15,6 +15,8 @@ from dlkernels.batch_norm_act.modules import (
     values_per_channel,
 )
 from dlkernels.batch_norm_act.op import batch_norm_act
+from dlkernels.batch_norm_act.reference import activate
+from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
 from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
 from dlkernels.mbconv.pointwise import Projection, pointwise
@@ -138,6 +140,9 @@ class DepthwiseConvBNAct(nn.Module):
         """Maps [N, C, H, W] to [N, C, H', W']."""
         conv, norm = self.get_submodule("0"), self.get_submodule("1")
         assert isinstance(conv, nn.Conv2d)
+        if is_synchronized(norm):
+            raw = _plain_depthwise(conv, x, self.same_padding)
+            return activate(apply_norm(norm, raw), self.activation, 0.0)
         assert isinstance(norm, nn.BatchNorm2d)
         result = depthwise_conv_bn_act(
             x,
@@ -161,7 +166,8 @@ class MBConv(nn.Module):
 
     Of maps, backward keeps the input and the raw outputs of expansion, depthwise convolution and
     projection; what batch norms and activations make of them is computed again. Batch norms are
-    folded on the fly, so that nothing can be stale after a parameter or buffer has changed.
+    folded on the fly, so that nothing can be stale after a parameter or buffer has changed. A block
+    with ``nn.SyncBatchNorm`` runs layer by layer in plain PyTorch.
 
     Args:
         in_channels: channels of the input.
@@ -306,6 +312,8 @@ class MBConv(nn.Module):
         """Maps [N, C, H, W] to [N, O, H', W']."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if any(is_synchronized(self.part(name)) for name in self.names if name.endswith("_norm")):
+            return self._run_plain(x)
         hidden = x
         before = None
         if "expand" in self.names:
@@ -326,6 +334,22 @@ class MBConv(nn.Module):
         count = values_per_channel(projected)
         update_running_statistics(norm, result.mean, result.var, count)
         return result.out
+
+    def _run_plain(self, x: Tensor) -> Tensor:
+        """The block layer by layer, for norms that take their statistics from all processes."""
+        hidden = x
+        if "expand" in self.names:
+            raw = pointwise(x, _matrix(self.part("expand"), x))
+            hidden = activate(apply_norm(self.part("expand_norm"), raw), self.activation, 0.0)
+        raw = _plain_depthwise(self.part("depthwise"), hidden, self.same_padding)
+        hidden = activate(apply_norm(self.part("depthwise_norm"), raw), self.activation, 0.0)
+        gate = self._gate(hidden.mean((2, 3))).to(x.dtype) if "squeeze" in self.names else None
+        projected = pointwise(hidden, _matrix(self.part("project"), x), gate)
+        out = apply_norm(self.part("project_norm"), projected)
+        scale = self._sample_scale(x)
+        if scale is not None:
+            out = out * scale[:, None, None, None].to(out.dtype)
+        return out + x if self.residual else out
 
     def _convolve(self, hidden: Tensor, before: Norm | None) -> DepthwiseOutput:
         conv, norm = self.part("depthwise"), self.part("depthwise_norm")
@@ -378,6 +402,11 @@ class MBConv(nn.Module):
     def extra_repr(self) -> str:
         """The options, as ``print(module)`` shows them."""
         return f"activation={self.activation}, residual={self.residual}, drop={self.drop_path}"
+
+
+def _plain_depthwise(conv: nn.Conv2d, x: Tensor, same: bool) -> Tensor:
+    padded = F.pad(x, padding_of(conv, x, same))
+    return F.conv2d(padded, conv.weight.to(x.dtype), stride=conv.stride, groups=x.shape[1])
 
 
 def _matrix(conv: nn.Conv2d, x: Tensor) -> Tensor:

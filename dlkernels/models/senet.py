@@ -114,6 +114,7 @@ class SENet(nn.Module):
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         dropout: probability before the classifier.
+        width: planes of the first stage; each stage doubles them.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class SENet(nn.Module):
         num_classes: int = 1000,
         in_channels: int = 3,
         dropout: float = 0.0,
+        width: int = 64,
     ):
         super().__init__()
         self.deep_stem = deep_stem
@@ -138,12 +140,12 @@ class SENet(nn.Module):
             self.bn3 = nn.BatchNorm2d(128)
             self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
         else:
-            self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
-            self.bn1 = nn.BatchNorm2d(64)
+            self.conv1 = nn.Conv2d(in_channels, width, 7, 2, 3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
-        channels = 128 if deep_stem else 64
+        channels = 128 if deep_stem else width
         for stage, depth in enumerate(depths):
-            planes, stride = 64 << stage, 1 if stage == 0 else 2
+            planes, stride = width << stage, 1 if stage == 0 else 2
             kernel = 3 if deep_stem and stage > 0 else 1
             blocks: list[nn.Module] = []
             for index in range(depth):

@@ -271,9 +271,9 @@ def test_no_gradient(assign):
     [
         (None, None, TypeError, "gt_boxes must be a tensor or a list, but is NoneType"),
         ([], None, ValueError, "gt_boxes must have at least one image"),
-        ([torch.zeros(3, 5)], None, ValueError, r"gt_boxes\[0\] must have shape \[G, 4\]"),
+        ([torch.zeros(3, 5)], None, ValueError, r"gt_boxes\[0\] must have shape \[boxes, 4\]"),
         ([torch.zeros(3, 4).long()], None, TypeError, r"gt_boxes\[0\] must be float32.*int64"),
-        (torch.zeros(2, 4), None, ValueError, r"gt_boxes must have shape \[B, G, 4\]"),
+        (torch.zeros(2, 4), None, ValueError, r"gt_boxes must have shape \[B, boxes, 4\]"),
         ([torch.zeros(1, 4)], torch.ones(1).long(), ValueError, "num_gt must be None where"),
         (torch.zeros(2, 3, 4), torch.ones(2), TypeError, "num_gt must be an int64.*float32"),
         (torch.zeros(2, 3, 4), torch.ones(3).long(), ValueError, r"num_gt must have shape \[2\]"),

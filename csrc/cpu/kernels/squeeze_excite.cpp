@@ -61,7 +61,9 @@ DLKERNELS_INLINE void sum_items(
 }
 
 // Calls body(offset, factor, lanes) for every vector of the items, factor(of)
-// being what the map's channel is to be multiplied by.
+// being what the map's channel is to be multiplied by. Stretches of memory go
+// last to first, so that what was read last is found in cache; inside of one
+// memory is read forward, as prefetchers expect.
 template <typename T, typename Body>
 DLKERNELS_INLINE void for_each_scaled(
     const Maps& maps,
@@ -69,35 +71,36 @@ DLKERNELS_INLINE void for_each_scaled(
     int64_t end,
     const T* out,
     const Body& body) {
+  constexpr int64_t kStretch = 1 << 16;
+  const int64_t run = maps.channels_last ? maps.channels : maps.area;
+  const int64_t runs = run < kStretch ? kStretch / (run > 0 ? run : 1) : 1;
   for (int64_t item = end - 1; item >= begin; --item) {
     const Part part = part_of(maps, item);
     const int64_t sample = part.sample * maps.channels * maps.area;
     const int64_t first_channel = part.sample * maps.channels;
-    if (maps.channels_last) {
-      for (int64_t row = part.end - 1; row >= part.begin; --row) {
-        const int64_t first = sample + row * maps.channels;
-        for_each_vec(
-            maps.streamed,
-            out + first,
-            maps.channels,
-            [&](int64_t c, auto lanes) {
-              const auto factor = [&](const float* of) {
-                return load(of + first_channel + c, lanes);
-              };
-              body(first + c, factor, lanes);
-            });
-      }
-      continue;
-    }
-    for (int64_t c = part.end - 1; c >= part.begin; --c) {
+    const auto scale_row = [&](int64_t row) {
+      const int64_t first = sample + row * run;
+      for_each_vec(maps.streamed, out + first, run, [&](int64_t c, auto lanes) {
+        const auto factor = [&](const float* of) {
+          return load(of + first_channel + c, lanes);
+        };
+        body(first + c, factor, lanes);
+      });
+    };
+    const auto scale_plane = [&](int64_t c) {
+      const int64_t first = sample + c * run;
       const auto factor = [&](const float* of) {
         return broadcast(of[first_channel + c]);
       };
-      const int64_t plane = sample + c * maps.area;
-      for_each_vec(
-          maps.streamed, out + plane, maps.area, [&](int64_t i, auto lanes) {
-            body(plane + i, factor, lanes);
-          });
+      for_each_vec(maps.streamed, out + first, run, [&](int64_t i, auto lanes) {
+        body(first + i, factor, lanes);
+      });
+    };
+    for (int64_t stop = part.end; stop > part.begin; stop -= runs) {
+      const int64_t start = stop - runs > part.begin ? stop - runs : part.begin;
+      for (int64_t r = start; r < stop; ++r) {
+        maps.channels_last ? scale_row(r) : scale_plane(r);
+      }
     }
   }
   if (maps.streamed) {

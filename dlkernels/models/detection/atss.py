@@ -28,6 +28,7 @@ from dlkernels.boxes.coding import centerness_targets, decode_deltas, encode_dis
 from dlkernels.checks import check_choice
 from dlkernels.models.detection.backbone import Backbone
 from dlkernels.models.detection.detector import Detector, Size, Target
+from dlkernels.models.detection.distributed import shared_normaliser
 from dlkernels.models.detection.post_processing import PostProcessing
 
 STRIDES = (8, 16, 32, 64, 128)
@@ -125,7 +126,8 @@ class ATSS(Detector):
             ``loss_class``, the focal loss, and ``loss_centerness``, a binary cross entropy, over
             the number of positive anchors of the batch; ``loss_box``, the GIoU loss weighted by
             the centerness that each location should have, over the sum of these weights. Anchors
-            outside their image have no loss.
+            outside their image have no loss. In several processes, number and sum are those of all
+            of them: see :func:`shared_normaliser`.
         """
         logits, deltas, centerness = (_by_anchor(maps) for maps in outputs)
         grid = _anchor_grid(outputs)
@@ -136,7 +138,7 @@ class ATSS(Detector):
 
         image, anchor = (assigned >= 0).nonzero(as_tuple=True)
         gt = assigned[image, anchor]
-        num_positive = max(1, len(gt))
+        num_positive = shared_normaliser(logits.new_tensor(len(gt), dtype=torch.float32))
         labels = torch.full_like(assigned, -1)
         labels[image, anchor] = _padded([target["labels"] for target in targets])[image, gt]
         counted = (valid & (assigned != -2)).float()
@@ -147,12 +149,13 @@ class ATSS(Detector):
         centerness_target = centerness_targets(encode_distances(location, box))
         predicted = decode_deltas(positive_anchors, deltas[image, anchor].float(), stds=DELTA_STDS)
         loss_box = ops.box_iou_loss(predicted, box, "giou") * centerness_target
+        total_weight = shared_normaliser(centerness_target.sum())
         loss_centerness = F.binary_cross_entropy_with_logits(
             centerness[image, anchor, 0].float(), centerness_target, reduction="sum"
         )
         return {
             "loss_class": loss_class / num_positive,
-            "loss_box": BOX_LOSS_WEIGHT * loss_box.sum() / centerness_target.sum().clamp(min=1),
+            "loss_box": BOX_LOSS_WEIGHT * loss_box.sum() / total_weight,
             "loss_centerness": loss_centerness / num_positive,
         }
 

@@ -1,0 +1,221 @@
+"""The convolution of YOLO networks, with the batch norm and activation after it.
+
+In training a convolution keeps its raw result only. What batch norm and activation make of it is
+computed again in backward, for the weight's gradient of every convolution that read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dlkernels.batch_norm_act.modules import BatchNormAct2d
+from dlkernels.batch_norm_act.op import batch_norm_act
+
+LEAKY_SLOPE = 0.1
+
+
+# ---- maps that can be computed again ------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """What some channels of activated maps are computed from.
+
+    Attributes:
+        raw: result of a convolution, [N, C, H, W].
+        values: weight, bias, mean and variance of the batch norm, [C] each.
+        eps: of the batch norm.
+        activation: a name that :func:`dlkernels.ops.batch_norm_act` knows.
+        enlarged: factor of the nearest upsampling afterwards.
+    """
+
+    raw: Tensor
+    values: tuple[Tensor, ...]
+    eps: float
+    activation: str
+    enlarged: int = 1
+
+
+class Maps(NamedTuple):
+    """Maps [N, C, H, W], and what they are computed from, channels after channels.
+
+    Attributes:
+        value: the maps.
+        sources: empty where the maps cannot be computed again, so that backward must keep them.
+    """
+
+    value: Tensor
+    sources: tuple[Source, ...] = ()
+
+
+def concatenated(*parts: Maps) -> Maps:
+    """The channels of all parts, one part after the other."""
+    known = all(part.sources for part in parts)
+    sources = tuple(source for part in parts for source in part.sources) if known else ()
+    return Maps(torch.cat([part.value for part in parts], 1), sources)
+
+
+def enlarged(maps: Maps, factor: int = 2) -> Maps:
+    """Nearest upsampling in height and width."""
+    sources = (s._replace(enlarged=s.enlarged * factor) for s in maps.sources)
+    return Maps(F.interpolate(maps.value, scale_factor=factor), tuple(sources))
+
+
+def convolved(conv: nn.Conv2d, maps: Maps) -> Tensor:
+    """``conv(maps.value)``, which backward computes again where it can."""
+    if not maps.sources or not torch.is_grad_enabled() or not conv.weight.requires_grad:
+        return conv(maps.value)
+    tensors = [tensor for s in maps.sources for tensor in (s.raw, *s.values)]
+    options = [(s.eps, s.activation, s.enlarged) for s in maps.sources]
+    return _Convolution.apply(maps.value, conv.weight, conv.bias, conv, options, *tensors)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution that keeps the sources of its input instead of the input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv: nn.Conv2d,
+        options: Sequence[tuple[float, str, int]],
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, *tensors)
+        ctx.geometry = list(conv.stride), list(conv.padding)
+        ctx.options = options
+        ctx.has_bias = bias is not None
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *tensors = ctx.saved_tensors
+        x = _computed_again(tensors, ctx.options)
+        grad = grad.to(x.dtype)
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            weight.to(x.dtype),
+            [weight.shape[0]] if ctx.has_bias else None,
+            *ctx.geometry,
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            needs,
+        )
+        like = (x.dtype, weight.dtype, weight.dtype)
+        found = (g.to(t) if need else None for g, t, need in zip(grads, like, needs, strict=True))
+        return *found, None, None, *(None,) * len(tensors)
+
+
+def _computed_again(tensors: Sequence[Tensor], options: Sequence[Any]) -> Tensor:
+    parts = []
+    for index, (eps, activation, factor) in enumerate(options):
+        raw, *values = tensors[5 * index : 5 * index + 5]
+        part = batch_norm_act(
+            raw, *values, eps=eps, activation=activation, negative_slope=LEAKY_SLOPE
+        ).out
+        parts.append(part if factor == 1 else F.interpolate(part, scale_factor=factor))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+# ---- modules ------------------------------------------------------------------------------------
+
+
+class ConvBlock(nn.Module):
+    """Convolution without bias, batch norm and activation.
+
+    Saved for backward: the convolution's raw result, and the input where it has no sources.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel: side of the kernel; the input is padded by half of it.
+        stride: of the convolution.
+        activation: a name that :func:`dlkernels.ops.batch_norm_act` knows; the slope of
+            ``"leaky_relu"`` is 0.1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        activation: str = "mish",
+    ):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.norm = BatchNormAct2d(out_channels, activation=activation, negative_slope=LEAKY_SLOPE)
+
+    def forward(self, x: Maps, residual: Tensor | None = None) -> Maps:
+        """Maps of ``in_channels``; ``residual`` is added after the activation."""
+        norm = self.norm
+        raw = convolved(self.conv, x)
+        if not isinstance(norm, BatchNormAct2d):  # a norm put in its place
+            return Maps(norm(raw, residual))
+        result = norm.apply_to(raw, residual)
+        if residual is not None:
+            return Maps(result.out)
+        values = (norm.weight, norm.bias, result.mean, result.var)
+        return Maps(result.out, (Source(raw, values, norm.eps, norm.activation),))
+
+
+class Residual(nn.Module):
+    """A 1x1 and a 3x3 convolution, and the sum with the input.
+
+    Args:
+        channels: of the input and the output.
+        hidden: between the convolutions.
+        activation: see :class:`ConvBlock`.
+    """
+
+    def __init__(self, channels: int, hidden: int, activation: str = "mish"):
+        super().__init__()
+        self.reduce = ConvBlock(channels, hidden, 1, activation=activation)
+        self.expand = ConvBlock(hidden, channels, 3, activation=activation)
+
+    def forward(self, x: Maps) -> Maps:
+        """Maps of ``channels``."""
+        return self.expand(self.reduce(x), residual=x.value)
+
+
+class Output(nn.Module):
+    """A 3x3 block that doubles the channels, and the last 1x1 convolution of a level.
+
+    Args:
+        channels: of the input.
+        last: the convolution.
+    """
+
+    def __init__(self, channels: int, last: nn.Conv2d):
+        super().__init__()
+        self.block = ConvBlock(channels, 2 * channels, 3, activation="leaky_relu")
+        self.last = last
+
+    def forward(self, x: Maps) -> Tensor:
+        """Maps of ``channels`` to raw outputs."""
+        return convolved(self.last, self.block(x))
+
+
+def scaled(channels: int, width: float) -> int:
+    """A number of channels times ``width``, as a multiple of 8 and at least 8."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def alternating(in_channels: int, hidden: int, count: int, activation: str) -> nn.Sequential:
+    """Convolutions 1x1 to ``hidden`` channels and 3x3 to twice as many, in turn."""
+    blocks = []
+    for index in range(count):
+        out, kernel = (hidden, 1) if index % 2 == 0 else (2 * hidden, 3)
+        blocks.append(ConvBlock(in_channels, out, kernel, activation=activation))
+        in_channels = out
+    return nn.Sequential(*blocks)
