@@ -18,6 +18,8 @@ from torch import Tensor
 from dlkernels.memory_format import empty_maps, memory_format_of, to_format_of
 from dlkernels.triton_support import Budget, MapTiles, launch, relu, strides_of_maps
 
+# Bytes of a tile of the gradients' sums: one wide access for each thread.
+SUMS_TILE = 2048
 BLOCK_ROWS = 16
 BLOCK_CHANNELS = 32
 
@@ -26,7 +28,7 @@ BUDGETS = {
     "combine_statistics_kernel": Budget(registers=48, shared=1024),
     "norm_act_kernel": Budget(registers=72, shared=1024, wide=0.2),
     "pool_kernel": Budget(registers=48, shared=1024),
-    "norm_act_sums_kernel": Budget(registers=80, shared=2048, wide=0.2),
+    "norm_act_sums_kernel": Budget(registers=128, shared=2048, wide=0.2),
     "combine_sums_kernel": Budget(registers=48, shared=1024),
     "norm_act_backward_kernel": Budget(registers=64, shared=1024, wide=0.2),
 }
@@ -604,17 +606,18 @@ def batch_norm_act_backward(
     grad_x = torch.empty_like(x, dtype=dtype, memory_format=memory_format_of(x))
     x, grad_out = to_format_of(grad_x, x), to_format_of(grad_x, grad_out)
     tiles = MapTiles(grad_x)
-    rows = Rows(tiles)
+    sums_tiles = MapTiles(grad_x, tile=SUMS_TILE // x.element_size(), steps=32)
+    rows = Rows(sums_tiles)
     partial = mean.new_empty((rows.count, 2, tiles.channels))
     values = (weight, bias, mean, var, sample_scale)
     inputs = (grad_out, contiguous(grad_pooled), x, *map(contiguous, values))
-    options = {"ACTIVATION": activation, **tiles.options}
     launch(
         norm_act_sums_kernel,
-        rows.count * tiles.c_blocks,
+        rows.count * sums_tiles.c_blocks,
         *(*inputs, None if batch_statistics else grad_x, partial, *rows.extents),
         *(eps, negative_slope),
-        **options,
+        ACTIVATION=activation,
+        **sums_tiles.options,
     )
     sums = add_up(partial)
     if batch_statistics:
@@ -623,6 +626,7 @@ def batch_norm_act_backward(
             tiles.tiles,
             *(*inputs, sums, grad_x, tiles.samples, tiles.channels, tiles.area),
             *(eps, negative_slope),
-            **options,
+            ACTIVATION=activation,
+            **tiles.options,
         )
     return grad_x, sums[1].clone(), sums[0].clone()
