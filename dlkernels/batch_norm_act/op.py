@@ -13,7 +13,7 @@ from dlkernels.checks import check_choice, check_like, check_maps, check_shape, 
 from dlkernels.memory_format import empty_maps
 from dlkernels.watch import watched
 
-_TRITON = None
+_TRITON = "dlkernels.batch_norm_act.triton"
 
 
 class BatchNormActOutput(NamedTuple):

@@ -8,17 +8,14 @@ of the two lies contiguously in memory.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dlkernels.memory_format import empty_maps, to_format_of
-from dlkernels.triton_support import Budget, alignment_of, launch
+from dlkernels.triton_support import Budget, MapTiles, launch, relu, strides_of_maps
 
-TILE = 1024
 BLOCK_SQUEEZED = 16
 BLOCK_CHANNELS = 64
 
@@ -38,15 +35,9 @@ BUDGETS = {
 
 
 @triton.jit
-def _relu(z):
-    # Not tl.maximum: NaN must stay NaN.
-    return tl.where(z < 0, 0.0, z)
-
-
-@triton.jit
 def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        return _relu(z)
+        return relu(z)
     return z * tl.sigmoid(z)
 
 
@@ -62,7 +53,7 @@ def _activation_slope(z, ACTIVATION: tl.constexpr):
 def _gate(z, GATE: tl.constexpr):
     if GATE == "sigmoid":
         return tl.sigmoid(z)
-    shifted = _relu(z + 3)
+    shifted = relu(z + 3)
     return tl.where(shifted > 6, 6.0, shifted) / 6
 
 
@@ -74,16 +65,6 @@ def _gate_slope(scale, GATE: tl.constexpr):
 
 
 # ---- passes over maps ---------------------------------------------------------------------------
-
-
-@triton.jit
-def _strides(channels, area, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Strides of channel and pixel, and the extents, the contiguous one known to be aligned."""
-    if CHANNELS_LAST:
-        channels = channels // ALIGNMENT * ALIGNMENT
-        return 1, channels, channels, area
-    area = area // ALIGNMENT * ALIGNMENT
-    return area, 1, channels, area
 
 
 @triton.jit
@@ -102,7 +83,7 @@ def sum_maps_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """partial[n, split, c] = sum of x, or of x * grad_out (masked by out > 0), over a stretch."""
-    stride_c, stride_a, channels, area = _strides(channels, area, CHANNELS_LAST, ALIGNMENT)
+    stride_c, stride_a, channels, area = strides_of_maps(channels, area, CHANNELS_LAST, ALIGNMENT)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks  # sample and split
@@ -138,7 +119,7 @@ def scale_maps_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """Out = output_activation(x * scale + shortcut)."""
-    stride_c, stride_a, channels, area = _strides(channels, area, CHANNELS_LAST, ALIGNMENT)
+    stride_c, stride_a, channels, area = strides_of_maps(channels, area, CHANNELS_LAST, ALIGNMENT)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     a_blocks = tl.cdiv(area, BLOCK_A)
     program = tl.program_id(0).to(tl.int64)
@@ -152,7 +133,7 @@ def scale_maps_kernel(
     if shortcut is not None:
         value += tl.load(shortcut + offsets, mask, other=0).to(tl.float32)
     if RELU:
-        value = _relu(value)
+        value = relu(value)
     tl.store(out + offsets, value, mask)
 
 
@@ -172,7 +153,7 @@ def scale_maps_backward_kernel(
     BLOCK_A: tl.constexpr,
 ):
     """grad_x = grad * scale + grad_pooled / area, where grad is grad_out masked by out > 0."""
-    stride_c, stride_a, channels, area = _strides(channels, area, CHANNELS_LAST, ALIGNMENT)
+    stride_c, stride_a, channels, area = strides_of_maps(channels, area, CHANNELS_LAST, ALIGNMENT)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     a_blocks = tl.cdiv(area, BLOCK_A)
     program = tl.program_id(0).to(tl.int64)
@@ -366,31 +347,8 @@ def weight_backward_kernel(
 # ---- launchers ----------------------------------------------------------------------------------
 
 
-class _Maps:
-    """How a batch of maps is cut into tiles."""
-
-    def __init__(self, x: Tensor):
-        self.samples, self.channels = x.shape[:2]
-        self.area = x.shape[2] * x.shape[3]
-        self.channels_last = not x.is_contiguous()
-        inner = self.channels if self.channels_last else self.area
-        outer = self.area if self.channels_last else self.channels
-        # Rows of 128 channels stream as well as longer ones, and give more programs.
-        widest = 128 if self.channels_last else TILE
-        inner_block = min(triton.next_power_of_2(max(1, inner)), widest)
-        outer_block = min(triton.next_power_of_2(max(1, outer)), TILE // inner_block)
-        blocks = (inner_block, outer_block) if self.channels_last else (outer_block, inner_block)
-        self.block_c, self.block_a = blocks
-        self.stretch = 16 * self.block_a if self.channels_last else 8 * self.block_a
-        self.splits = max(1, triton.cdiv(self.area, self.stretch))
-        self.c_blocks = triton.cdiv(self.channels, self.block_c)
-        self.a_blocks = triton.cdiv(self.area, self.block_a)
-        self.options: dict[str, Any] = {
-            "CHANNELS_LAST": self.channels_last,
-            "ALIGNMENT": alignment_of(inner),
-            "BLOCK_C": self.block_c,
-            "BLOCK_A": self.block_a,
-        }
+class _Maps(MapTiles):
+    """Maps, and the sums over their stretches."""
 
     def sums(self, x: Tensor, grad_out: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         partial = x.new_empty((self.samples, self.splits, self.channels), dtype=torch.float32)
@@ -404,14 +362,10 @@ class _Maps:
             self.channels,
             self.area,
             self.splits,
-            min(self.stretch, triton.cdiv(self.area, self.block_a) * self.block_a),
+            self.stretch,
             **self.options,
         )
         return partial
-
-    @property
-    def tiles(self) -> int:
-        return self.samples * self.c_blocks * self.a_blocks
 
 
 def squeeze_excite(

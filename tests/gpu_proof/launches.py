@@ -74,6 +74,8 @@ def _launch_of(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any
         elif isinstance(value, tuple):
             launch.signature[parameter.name] = tuple(TYPES[item.dtype] for item in value)
             launch.divisible += [(position, index) for index in range(len(value))]
+        elif isinstance(value, float):
+            launch.signature[parameter.name] = "fp32"
         else:
             launch.signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0:
