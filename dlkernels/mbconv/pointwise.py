@@ -29,7 +29,7 @@ def pointwise(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
     Returns:
         [N, O, H, W] in the memory format of ``x``.
     """
-    if gate is not None and x.shape[2] * x.shape[3] < weight.shape[0]:
+    if gate is not None and _is_small(x, weight):
         x, gate = x * gate[:, :, None, None], None
     if memory_format_of(x) == torch.channels_last:
         pixels = x.permute(0, 2, 3, 1)
@@ -64,19 +64,47 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and gate, from the products of each sample."""
+        """The gradients of x, weight and gate."""
         weight, gate, raw, *values = ctx.saved_tensors
         eps, activation = ctx.options
         x = batch_norm_act(raw, *values, eps=eps, activation=activation).out
-        # [N, O, C]: the weight's gradient of each sample, but for the gate.
-        products = torch.bmm(_rows(grad), _rows(x).transpose(1, 2))
-        turned = weight.t().contiguous()
-        if gate is None:
-            return pointwise(grad, turned), products.sum(0), None, None, None
-        grad_x = pointwise(grad, turned).mul_(gate[:, :, None, None])
-        grad_weight = torch.einsum("noc,nc->oc", products, gate)
-        grad_gate = torch.einsum("noc,oc->nc", products, weight)
+        grad_gated = pointwise(grad, weight.t().contiguous())
+        of_weight = _of_small_maps if _is_small(x, weight) else _of_large_maps
+        grad_weight, grad_gate = of_weight(grad, x, weight, gate, grad_gated)
+        grad_x = grad_gated if gate is None else grad_gated.mul_(gate[:, :, None, None])
         return grad_x, grad_weight, grad_gate, None, None
+
+
+def _is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether a sample has fewer values in its maps [C, H, W] than the weight [O, C] has."""
+    return x.shape[2] * x.shape[3] < weight.shape[0]
+
+
+def _of_small_maps(
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, grad_gated: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight and gate, from one product over all samples."""
+    if gate is None:
+        return _columns(grad) @ _columns(x).t(), None
+    grad_weight = _columns(grad) @ _columns(x * gate[:, :, None, None]).t()
+    return grad_weight, (grad_gated * x).sum((2, 3))
+
+
+def _of_large_maps(
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, grad_gated: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of weight and gate, from a product of each sample; reads the maps once."""
+    # [N, O, C]: the weight's gradient of each sample, but for the gate.
+    products = torch.bmm(_rows(grad), _rows(x).transpose(1, 2))
+    if gate is None:
+        return products.sum(0), None
+    grad_weight = torch.einsum("noc,nc->oc", products, gate)
+    return grad_weight, torch.einsum("noc,oc->nc", products, weight)
+
+
+def _columns(maps: Tensor) -> Tensor:
+    """[C, N * H * W]; channels_last maps are not copied."""
+    return maps.transpose(0, 1).flatten(1)
 
 
 def _rows(maps: Tensor) -> Tensor:
