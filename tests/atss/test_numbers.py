@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dlkernels import ops, use_backend
@@ -11,7 +11,13 @@ from tests.atss.cases import Case, cases, published, published_batch, random_box
 from tests.numbers import DEVICES_AND_BACKENDS
 
 SERVED = [pair for pair in DEVICES_AND_BACKENDS if pair[1] != "triton"]
-many = settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+many = settings(
+    max_examples=2000,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],  # of a busy machine
+)
 some = settings(many, max_examples=300)
 
 
