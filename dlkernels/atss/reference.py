@@ -86,7 +86,8 @@ def _nearest(
     candidates, present = [], []
     first = 0
     for level in centres.split(list(num_level_anchors)):
-        distance = (level - box_centres).square().sum(-1).sqrt()
+        # PyTorch's own root of float32 on the CPU can be off by its last bit.
+        distance = (level - box_centres).square().sum(-1).double().sqrt().float()
         distance, order = distance.sort(stable=True)
         candidates.append(order[:, :k] + first)
         present.append(~distance[:, :k].isnan())

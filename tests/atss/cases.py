@@ -32,7 +32,10 @@ def published(
     box_points = torch.stack(
         ((boxes[:, 2] + boxes[:, 0]) / 2.0, (boxes[:, 3] + boxes[:, 1]) / 2.0), 1
     )
-    distances = (anchor_points[:, None, :] - box_points[None, :, :]).pow(2).sum(-1).sqrt()
+    squares = (anchor_points[:, None, :] - box_points[None, :, :]).pow(2).sum(-1)
+    # Correctly rounded: PyTorch's own root of float32 can be off by its last bit, which makes and
+    # breaks ties.
+    distances = squares.double().sqrt().float()
 
     candidate_list, first = [], 0
     for count in num_level_anchors:
