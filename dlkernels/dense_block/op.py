@@ -362,6 +362,7 @@ _OP = backend.define(
     "Tensor[] variances, Tensor? kept, float dropout, float eps, bool save_bottlenecks) "
     "-> (Tensor out, Tensor bottlenecks, Tensor mean, Tensor variance)",
     _fake,
+    "dlkernels.dense_block.triton",
 )
 _BACKWARD_OP = backend.define(
     "dense_block_backward",
@@ -371,6 +372,7 @@ _BACKWARD_OP = backend.define(
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor[] grad_norm_weights, "
     "Tensor[] grad_norm_biases)",
     _fake_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("dense_block", _backward, _setup_context)
 backend.register_autocast("dense_block", ("x", "weights"))

@@ -203,11 +203,13 @@ _STATISTICS = backend.define(
     "channel_statistics",
     "(Tensor maps, int first, int count) -> (Tensor mean, Tensor variance)",
     _fake_statistics,
+    "dlkernels.dense_block.triton",
 )
 _STATISTICS_BACKWARD = backend.define(
     "channel_statistics_backward",
     "(Tensor grad_mean, Tensor grad_variance, Tensor maps, Tensor mean, int first) -> Tensor",
     _fake_statistics_backward,
+    "dlkernels.dense_block.triton",
 )
 _CONV = backend.define(
     "bn_relu_conv1x1",
@@ -215,6 +217,7 @@ _CONV = backend.define(
     "Tensor? variance, int first, float eps) "
     "-> (Tensor out, Tensor batch_mean, Tensor batch_variance)",
     _fake_conv,
+    "dlkernels.dense_block.triton",
 )
 _CONV_BACKWARD = backend.define(
     "bn_relu_conv1x1_backward",
@@ -222,6 +225,7 @@ _CONV_BACKWARD = backend.define(
     "Tensor mean, Tensor variance, int first, float eps, bool batch_statistics) "
     "-> (Tensor grad_maps, Tensor grad_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     _fake_conv_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("channel_statistics", _statistics_backward, _setup_statistics)
 backend.register_autograd("bn_relu_conv1x1", _conv_backward, _setup_conv)

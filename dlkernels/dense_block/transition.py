@@ -140,6 +140,7 @@ _OP = backend.define(
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? mean, Tensor? variance, float eps) "
     "-> (Tensor out, Tensor batch_mean, Tensor batch_variance)",
     _fake,
+    "dlkernels.dense_block.triton",
 )
 _BACKWARD_OP = backend.define(
     "norm_relu_pool_backward",
@@ -147,6 +148,7 @@ _BACKWARD_OP = backend.define(
     "Tensor variance, float eps, bool batch_statistics) "
     "-> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     _fake_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("norm_relu_pool", _backward, _setup_context)
 backend.register_autocast("norm_relu_pool", ("x",))
