@@ -174,6 +174,14 @@ def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], trainin
             )
 
 
+def channels_of_conv1x1(name: str, weight: Tensor) -> tuple[int, int]:
+    """Outputs and inputs of the weight of a 1x1 convolution, if it has four dimensions."""
+    check_tensor(name, weight)
+    if weight.dim() != 4:
+        raise ValueError(f"{name} must have shape [out, in, 1, 1], but has {list(weight.shape)}")
+    return weight.shape[0], weight.shape[1]
+
+
 def check_batch(name: str, maps: Tensor) -> None:
     """There is more than one value to take the statistics of a channel of."""
     if maps.numel() == maps.shape[1] != 0:

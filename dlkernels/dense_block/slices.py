@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.checks import check_maps, check_tensor
+from dlkernels.checks import check_maps
 from dlkernels.dense_block import reference
 from dlkernels.dense_block.op import (
     NormConv,
     cast_norms,
     cast_to_autocast,
+    channels_of_conv1x1,
     check_batch,
     check_stage,
     update_running,
@@ -95,12 +96,7 @@ def bn_relu_conv1x1(
             statistics of.
     """
     check_maps("maps", maps)
-    check_tensor("layer.weight", layer.weight)
-    if layer.weight.dim() != 4:
-        raise ValueError(
-            f"layer.weight must have shape [out, in, 1, 1], but has {list(layer.weight.shape)}"
-        )
-    out, count = layer.weight.shape[:2]
+    out, count = channels_of_conv1x1("layer.weight", layer.weight)
     _check_slice(maps, first, count)
     check_stage("layer", layer, maps, [out, count, 1, 1], training)
     if training:

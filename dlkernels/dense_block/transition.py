@@ -15,6 +15,7 @@ from dlkernels.dense_block.op import (
     NormConv,
     cast_norms,
     cast_to_autocast,
+    channels_of_conv1x1,
     check_batch,
     check_stage,
     update_running,
@@ -67,7 +68,8 @@ def transition(
     """
     check_maps("x", x)
     channels = x.shape[1]
-    check_stage("layer", layer, x, [layer.weight.shape[0], channels, 1, 1], training)
+    out, _ = channels_of_conv1x1("layer.weight", layer.weight)
+    check_stage("layer", layer, x, [out, channels, 1, 1], training)
     if min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2x2, but has shape {list(x.shape)}")
     if training:

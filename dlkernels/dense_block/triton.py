@@ -32,23 +32,23 @@ from dlkernels.batch_norm_act.triton import (
 from dlkernels.memory_format import memory_format_of, new_maps, to_format_of
 from dlkernels.triton_support import Budget, alignment_of, launch, relu, strides_of_maps
 
-# Of pixels and of channels that a program sums over at a time.
+# Pixels of a tile, and channels or pixels that a product sums over at a time.
 BLOCK_A = 64
 BLOCK_SUM = 32
 # Channels of a product's tile, at most.
 WIDEST = 128
 # Tiles of pixels whose part of a weight's gradient one program sums.
-WEIGHT_STEPS = 64
+WEIGHT_STEPS = 128
 # Cells times channels of a tile of the transition.
 TILE = 1024
 
 BUDGETS = {
-    "norm_relu_conv_kernel": Budget(registers=255, shared=65536),
-    "conv_backward_kernel": Budget(registers=255, shared=65536),
-    "weight_backward_kernel": Budget(registers=255, shared=65536),
-    "pool_kernel": Budget(registers=128, shared=8192),
-    "pool_backward_kernel": Budget(registers=128, shared=8192),
-    "correct_kernel": Budget(registers=128, shared=8192),
+    "norm_relu_conv_kernel": Budget(registers=192, shared=81920, wide=0.3),
+    "conv_backward_kernel": Budget(registers=216, shared=73728, wide=0.3),
+    "weight_backward_kernel": Budget(registers=176, shared=40960, wide=0.5),
+    "correct_kernel": Budget(registers=64, shared=1024, wide=0.5),
+    "pool_kernel": Budget(registers=80, shared=4096, wide=0.2),
+    "pool_backward_kernel": Budget(registers=136, shared=4096, wide=0.15),
 }
 
 
@@ -283,10 +283,18 @@ def correct_kernel(
 
 
 @triton.jit
-def _upper_pixels(first, width, BLOCK_A: tl.constexpr, ALIGNMENT: tl.constexpr):
+def _aligned(width, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The width, known to be aligned where pixels lie side by side."""
+    return width if CHANNELS_LAST else width // ALIGNMENT * ALIGNMENT
+
+
+@triton.jit
+def _upper_pixels(
+    first, width, BLOCK_A: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGNMENT: tl.constexpr
+):
     """Row of 2x2 cells and column of pixels, for the upper pixels of the cells from first on."""
     i = 2 * first + tl.arange(0, 2 * BLOCK_A)
-    width = width // ALIGNMENT * ALIGNMENT
+    width = _aligned(width, CHANNELS_LAST, ALIGNMENT)
     return i // width, i % width
 
 
@@ -316,11 +324,12 @@ def pool_kernel(
     sample = program // (a_blocks * c_blocks)
     first = program // c_blocks % a_blocks * BLOCK_A
     c = program % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    row, column = _upper_pixels(first, width // 2 * 2, BLOCK_A, 1 if CHANNELS_LAST else ALIGNMENT)
+    pitch = _aligned(width, CHANNELS_LAST, ALIGNMENT)
+    row, column = _upper_pixels(first, width // 2 * 2, BLOCK_A, CHANNELS_LAST, ALIGNMENT)
     mask = (row < height // 2)[:, None] & (c < channels)[None, :]
     total = tl.zeros((2 * BLOCK_A, BLOCK_C), tl.float32)
     for lower in tl.static_range(2):
-        a = (2 * row + lower) * width + column
+        a = (2 * row + lower) * pitch + column
         at = _offsets(sample, a, c, channels, height * width, CHANNELS_LAST, ALIGNMENT)
         tile = tl.load(x + at, mask, other=0)
         _, z = _normalise(tile, norm_weight, norm_bias, mean, var, c, channels, eps)
@@ -380,7 +389,8 @@ def pool_backward_kernel(
     tile = tl.load(grad_out + at, pooled[:, None] & (c < channels)[None, :], other=0)
     grad = tl.broadcast_to(tile.to(tl.float32)[:, None, :] * 0.25, (BLOCK_A, 2, BLOCK_C))
     grad = tl.reshape(grad, (2 * BLOCK_A, BLOCK_C))
-    row, column = _upper_pixels(first, 2 * columns, BLOCK_A, 1 if CHANNELS_LAST else ALIGNMENT)
+    pitch = _aligned(width, CHANNELS_LAST, ALIGNMENT)
+    row, column = _upper_pixels(first, 2 * columns, BLOCK_A, CHANNELS_LAST, ALIGNMENT)
     centre, inverse, factor, _ = norm_of_channels(
         norm_weight, norm_bias, mean, var, c, c < channels, eps
     )
@@ -388,10 +398,9 @@ def pool_backward_kernel(
     by_weight = tl.zeros((BLOCK_C,), tl.float32)
     for lower in tl.static_range(2):
         y = 2 * row + lower
-        mask = ((y < height) & (column < width))[:, None] & (c < channels)[None, :]
-        at = _offsets(
-            sample, y * width + column, c, channels, height * width, CHANNELS_LAST, ALIGNMENT
-        )
+        mask = ((y < height) & (column < pitch))[:, None] & (c < channels)[None, :]
+        a = y * pitch + column
+        at = _offsets(sample, a, c, channels, height * width, CHANNELS_LAST, ALIGNMENT)
         tile = tl.load(x + at, mask, other=0)
         normal, z = _normalise(tile, norm_weight, norm_bias, mean, var, c, channels, eps)
         grad_z = tl.where(mask & ~(z <= 0), grad, 0.0)
@@ -462,7 +471,7 @@ def _native(maps: Tensor) -> Tensor:
 class _Pixels:
     """How the pixels of maps are cut into tiles, and what kernels may rely on."""
 
-    def __init__(self, source: _Slice, *channels: int):
+    def __init__(self, source: _Slice, *channels: int, block: int | None = None):
         """All maps of a launch lie in memory as those of ``source``, with these channels."""
         samples, _, height, width = source.maps.shape
         channels_last = memory_format_of(source.maps) == torch.channels_last
@@ -470,12 +479,13 @@ class _Pixels:
         self.samples, self.area = (samples, height * width)
         if channels_last:
             self.samples, self.area = 1, samples * height * width
-        self.tiles = self.samples * triton.cdiv(self.area, BLOCK_A)
+        block = block or BLOCK_A
+        self.tiles = self.samples * triton.cdiv(self.area, block)
         inner = (source.count, source.buffer, *channels) if channels_last else (self.area,)
         self.options = {
             "CHANNELS_LAST": channels_last,
             "ALIGNMENT": math.gcd(16, *inner),
-            "BLOCK_A": BLOCK_A,
+            "BLOCK_A": block,
         }
 
 
@@ -484,8 +494,9 @@ def _block(channels: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(channels)))
 
 
-def _warps(block_c: int) -> int:
-    return 8 if block_c == 128 else 4
+def _warps(block: int) -> int:
+    """Of a product whose tile is so wide."""
+    return 8 if block == 128 else 4
 
 
 def _norm_relu_conv(
@@ -506,7 +517,8 @@ def _norm_relu_conv(
         *(source.count, outputs, source.buffer, pixels.area, norm.eps),
         BLOCK_C=BLOCK_SUM,
         BLOCK_K=block,
-        num_warps=_warps(block),
+        num_warps=_warps(block) if source.maps.dtype == torch.float32 else 4,
+        num_stages=2,
         **pixels.options,
     )
     return out
@@ -528,7 +540,7 @@ def _conv_backward(
     """
     outputs = grad_out.shape[1]
     pixels = _Pixels(source, outputs, grad.buffer)
-    block = _block(source.count, WIDEST)
+    block = _block(source.count, WIDEST // 2 if weight is None else WIDEST)
     partial = norm.mean.new_empty((pixels.tiles, 2, source.count))
     launch(
         conv_backward_kernel,
@@ -539,6 +551,7 @@ def _conv_backward(
         BLOCK_C=block,
         BLOCK_K=BLOCK_SUM,
         num_warps=_warps(block),
+        num_stages=2,
         **pixels.options,
     )
     return add_up(partial)
@@ -547,9 +560,9 @@ def _conv_backward(
 def _weight_backward(grad_out: Tensor, source: _Slice, norm: _Norm, weight: Tensor) -> Tensor:
     """The gradient of a 1x1 convolution's weight."""
     outputs = grad_out.shape[1]
-    pixels = _Pixels(source, outputs)
+    pixels = _Pixels(source, outputs, block=BLOCK_SUM)
     rows = triton.cdiv(pixels.tiles, WEIGHT_STEPS)
-    block_c, block_k = _block(source.count, WIDEST // 2), _block(outputs, WIDEST)
+    block_c, block_k = (_block(channels, WIDEST // 2) for channels in (source.count, outputs))
     partial = norm.mean.new_empty((rows, outputs, source.count))
     launch(
         weight_backward_kernel,
@@ -559,7 +572,6 @@ def _weight_backward(grad_out: Tensor, source: _Slice, norm: _Norm, weight: Tens
         norm.eps,
         BLOCK_C=block_c,
         BLOCK_K=block_k,
-        num_warps=_warps(block_k),
         num_stages=2,
         **pixels.options,
     )

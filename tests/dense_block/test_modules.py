@@ -91,6 +91,14 @@ def test_running_statistics_of_ten_steps(momentum):
             assert_exact(name, a, b, 400)
 
 
+@pytest.mark.parametrize("module", [nn.DenseBlock(2, 8, 4, 4), nn.Transition(8, 4)])
+def test_a_refused_batch_changes_nothing(module):
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="must have shape"):
+        module(torch.randn(3, 7, 6, 5))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_norms_without_running_statistics():
     ours = nn.DenseBlock(2, 8, 4, 4)
     for module in ours.modules():

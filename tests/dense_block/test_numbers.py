@@ -14,7 +14,7 @@ from tests.dense_block.cases import (
     make_maps,
     running_of,
 )
-from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error
+from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error, tolerance
 
 
 def run(x, layers, grad, dtype=None, **options):
@@ -74,7 +74,7 @@ def test_sixteen_bits(shape, dtype, memory_format):
 
     ratios = errors(grads) / errors(eager_grads).clamp_min(1e-6)
     assert ratios.median() <= 1.2
-    assert ratios.max() <= 4
+    assert ratios.max() <= 2
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -209,5 +209,6 @@ def run_transition(shape, dtype, memory_format, training):
 def test_transition(size, dtype, memory_format, training):
     ours, wanted = run_transition(Shape(2, 140, *size, 1, 20, 8), dtype, memory_format, training)
     assert ours["out"].is_contiguous(memory_format=memory_format)
+    limit = tolerance(dtype, 2 * size[0] * size[1] + 140)
     for name, value in ours.items():
-        assert_exact(name, value, wanted[name], 2 * size[0] * size[1] + 140)
+        assert relative_error(value, wanted[name]) <= limit, name
