@@ -66,6 +66,8 @@ def dense_block(
     are updated in place as ``torch.nn.functional.batch_norm`` does. float32, bfloat16 and float16
     run in the fused kernels with float32 accumulation, float64 in the reference formula. Contiguous
     and channels_last maps are both read as they are; the result has the memory format of ``x``.
+    On CUDA the 3x3 convolutions are cuDNN's, which repeats its bits only under
+    ``torch.backends.cudnn.deterministic``.
     Under autocast the maps and convolutions are cast to the autocast dtype, the norms stay float32.
 
     Saved for backward: the result itself; mean and variance of each of its channels and of each

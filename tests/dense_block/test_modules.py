@@ -5,7 +5,8 @@ import timm.models.densenet as timm_densenet
 import torch
 import torchvision.models.densenet as torchvision_densenet
 
-from dlkernels import nn
+from dlkernels import nn, ops
+from tests.dense_block.cases import Shape, make_layers
 from tests.numbers import assert_exact, relative_error
 
 BLOCKS = {
@@ -137,9 +138,23 @@ def test_compiled():
     assert block.denselayer1.norm1.num_batches_tracked.item() == 1
 
 
+class Slices(torch.nn.Module):
+    """The ops on slices, as a module."""
+
+    def __init__(self):
+        super().__init__()
+        ((self.layer, _),) = make_layers(Shape(2, 4, 3, 3, 1, 1, 5))
+
+    def forward(self, x):
+        mean, variance = ops.channel_statistics(x, 1, 5)
+        out = ops.bn_relu_conv1x1(x, self.layer, first=2, training=False)
+        return (out - mean[:, None, None]) / (variance[:, None, None] + 1).sqrt()
+
+
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    module = torch.nn.Sequential(nn.DenseBlock(2, 8, 4, 4), nn.Transition(16, 6)).eval()
+    block = nn.DenseBlock(2, 8, 4, 4)
+    module = torch.nn.Sequential(block, nn.Transition(16, 6), Slices()).eval()
     x = torch.randn(2, 8, 6, 6)
     path = tmp_path / "dense.onnx"
     torch.onnx.export(module, (x,), path, input_names=["x"], verbose=False)

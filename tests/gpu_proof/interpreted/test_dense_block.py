@@ -106,11 +106,16 @@ def test_transition(size, dtype, memory_format, training):
 
 
 @pytest.mark.parametrize(
-    ("training", "memory"), [(True, "balanced"), (True, "minimal"), (False, "balanced")]
+    ("shape", "training", "memory", "memory_format"),
+    [
+        *(("bottlenecks", True, "balanced", memory_format) for memory_format in FORMATS),
+        ("bottlenecks", True, "minimal", torch.channels_last),
+        ("bottlenecks", False, "minimal", torch.contiguous_format),
+        *(("no bottlenecks", True, "balanced", memory_format) for memory_format in FORMATS),
+    ],
 )
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", BLOCKS.values(), ids=BLOCKS)
-def test_block(shape, memory_format, training, memory, small_tiles):
+def test_block(shape, training, memory, memory_format, small_tiles):
+    shape = BLOCKS[shape]
     x, layers = make_maps(shape, memory_format=memory_format), make_layers(shape)
     grad = torch.randn(shape.n, shape.channels, shape.h, shape.w)
     options = {"training": training, "memory": memory, "dropout": 0.4}
