@@ -20,7 +20,9 @@ from torch import Tensor
 from dlkernels.measure import interleaved_medians, peak_cpu_memory
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
+# The fewest; short calls, whose times scatter more, get as many as fit in a second.
 ROUNDS = 15
+MOST_ROUNDS = 101
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows: list[dict[str, str | float]] = []
@@ -69,6 +71,8 @@ def compare(
         for name, function in functions.items()
     }
     calls["floor"] = floor
+    once = sum(interleaved_medians(calls, rounds=1).values())
+    rounds = max(rounds, min(MOST_ROUNDS, int(1 / once)))
     medians = interleaved_medians(calls, rounds)
     peaks = {f"{name} MiB": peak_cpu_memory(calls[name]) / 2**20 for name in functions if memory}
     ours, *others = functions
