@@ -393,7 +393,7 @@ DLKERNELS_INLINE void convolve_some_pixels(
   }
 }
 
-// Row y of the outputs, their pixels `step` apart.
+// Row y of the outputs, their pixels `step` apart; some may be computed twice.
 template <int KH, int KW, int S>
 DLKERNELS_INLINE void convolve_some_row(
     const Pixels& in,
@@ -403,19 +403,22 @@ DLKERNELS_INLINE void convolve_some_row(
     float* out,
     int64_t step) {
   constexpr int kPixels = 4;
-  int64_t x = 0;
-  for (; x + kPixels <= width; x += kPixels) {
+  if (width < kPixels) {
+    for (int64_t x = 0; x < width; ++x) {
+      Vec total{};
+      convolve_some_pixels<KH, KW, S, 1>(in, weight, y, x, &total);
+      store(out + x * step * kGroup, total);
+    }
+    return;
+  }
+  for (int64_t x = 0; x < width; x += kPixels) {
+    const int64_t first = x + kPixels <= width ? x : width - kPixels;
     Vec total[kPixels] = {};
-    convolve_some_pixels<KH, KW, S, kPixels>(in, weight, y, x, total);
+    convolve_some_pixels<KH, KW, S, kPixels>(in, weight, y, first, total);
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
-      store(out + (x + i) * step * kGroup, total[i]);
+      store(out + (first + i) * step * kGroup, total[i]);
     }
-  }
-  for (; x < width; ++x) {
-    Vec total{};
-    convolve_some_pixels<KH, KW, S, 1>(in, weight, y, x, &total);
-    store(out + x * step * kGroup, total);
   }
 }
 
@@ -429,7 +432,44 @@ DLKERNELS_NOINLINE void convolve_row_of_pixels(
   convolve_some_row<K, K, S>(in, weight, y, width, out, 1);
 }
 
-// Adds the gradient of the K * K weights to sums [K * K, kGroup].
+// Adds the gradient of M rows of taps, from ky on, to sums [K * K, kGroup].
+template <int K, int S, int M>
+DLKERNELS_INLINE void weight_gradient_of_some_taps(
+    const Pixels& in,
+    const Pixels& grad,
+    int ky,
+    int64_t height,
+    int64_t width,
+    float* sums) {
+  for (int64_t y = 0; y < height; ++y) {
+    const float* grads = grad.at(y, 0);
+    const float* values = in.at(y * S + ky, 0);
+    Vec total[M][K] = {};
+    for (int64_t x = 0; x < width; ++x) {
+      const Vec at = load(grads + x * kGroup);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const float* row = values + m * in.stride + x * S * kGroup;
+#pragma GCC unroll 8
+        for (int kx = 0; kx < K; ++kx) {
+          total[m][kx] += at * load(row + kx * kGroup);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+      for (int kx = 0; kx < K; ++kx) {
+        float* tap = sums + ((ky + m) * K + kx) * kGroup;
+        store(tap, load(tap) + total[m][kx]);
+      }
+    }
+  }
+}
+
+// Adds the gradient of the K * K weights to sums [K * K, kGroup], as many rows
+// of taps at a time as there are registers for: few sums would wait for each
+// other.
 template <int K, int S>
 DLKERNELS_NOINLINE void weight_gradient_of_pixels(
     const Pixels& in,
@@ -437,24 +477,15 @@ DLKERNELS_NOINLINE void weight_gradient_of_pixels(
     int64_t height,
     int64_t width,
     float* sums) {
-  for (int64_t y = 0; y < height; ++y) {
-    const float* grads = grad.at(y, 0);
-    for (int ky = 0; ky < K; ++ky) {
-      const float* values = in.at(y * S + ky, 0);
-      Vec total[K] = {};
-      for (int64_t x = 0; x < width; ++x) {
-        const Vec at = load(grads + x * kGroup);
-#pragma GCC unroll 8
-        for (int kx = 0; kx < K; ++kx) {
-          total[kx] += at * load(values + (x * S + kx) * kGroup);
-        }
-      }
-#pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) {
-        float* tap = sums + (ky * K + kx) * kGroup;
-        store(tap, load(tap) + total[kx]);
-      }
-    }
+  constexpr int kTapRows = 12 / K;
+  int ky = 0;
+  for (; ky + kTapRows <= K; ky += kTapRows) {
+    weight_gradient_of_some_taps<K, S, kTapRows>(
+        in, grad, ky, height, width, sums);
+  }
+  if constexpr (K % kTapRows != 0) {
+    weight_gradient_of_some_taps<K, S, K % kTapRows>(
+        in, grad, ky, height, width, sums);
   }
 }
 
@@ -492,15 +523,17 @@ DLKERNELS_INLINE void input_gradient_of_some_row(
       from, turned, 0, columns.count, out + left * kGroup, S);
 }
 
-// Row y of the input's gradient; `turned` as turn_taps_of_pixels leaves it.
+// Row y of the input's gradient; `grad` begins with row `first` of the outputs,
+// `turned` is as turn_taps_of_pixels leaves it.
 template <int K, int S>
 DLKERNELS_NOINLINE void input_gradient_of_row(
     const DepthwiseShape& shape,
     const Pixels& grad,
+    int64_t first,
     const float* turned,
     int64_t y,
     float* out) {
-  const int64_t row = (y + shape.pad_top) / S;
+  const int64_t row = (y + shape.pad_top) / S - first;
   if constexpr (S == 1) {
     input_gradient_of_some_row<K, 1, 0, 0>(shape, grad, turned, row, out);
   } else {

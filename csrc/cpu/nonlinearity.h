@@ -50,7 +50,7 @@ struct LeakyRelu {
 
 struct Silu {
   DLKERNELS_MEMBER Vec value(Vec z) const {
-    return z / (1.0f + exp(-z));
+    return z / inverse_sigmoid(z);
   }
   DLKERNELS_MEMBER Vec slope(Vec z) const {
     const Vec s = sigmoid(z);

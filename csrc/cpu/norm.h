@@ -3,6 +3,7 @@
 // What launchers of kernels with a batch norm inside share.
 
 #include <string>
+#include <vector>
 
 #include "../include/nonlinearity_checks.h"
 #include "../include/tensor.h"
@@ -69,8 +70,9 @@ class Norm {
       : mean(copied(maps, mean, "mean")),
         var(copied(maps, var, "var")),
         weight_(as_contiguous(weight)),
-        bias_(bias ? as_contiguous(*bias) : filled(maps, maps.size(1), 0.0f)),
-        scale_(empty_float(maps, {maps.size(1)})) {
+        bias_(as_contiguous(bias)),
+        zeros_(bias ? 0 : maps.size(1)),
+        scale_(maps.size(1)) {
     check_channels(weight, maps.size(1), "weight");
     check_channels(bias, maps.size(1), "bias");
     args.dtype = scalar_type_of(maps, "x");
@@ -88,10 +90,10 @@ class Norm {
     args.batch_statistics = !mean.has_value();
     args.eps = static_cast<float>(eps);
     args.weight = floats_or_null(weight_);
-    args.bias = bias_.const_data_ptr<float>();
+    args.bias = bias_ ? bias_->const_data_ptr<float>() : zeros_.data();
     args.mean = this->mean.mutable_data_ptr<float>();
     args.var = this->var.mutable_data_ptr<float>();
-    args.scale = scale_.mutable_data_ptr<float>();
+    args.scale = scale_.data();
     args.x = maps.const_data_ptr();
     if (format == MemoryFormat::ChannelsLast) {
       partial_ = empty_float(maps, {blocks(), 2, args.channels});
@@ -154,14 +156,19 @@ class Norm {
     check_channels(values, maps.size(1), name);
     Tensor result = empty_float(maps, {maps.size(1)});
     if (values) {
-      torch::stable::copy_(result, *values);
+      const Tensor from = as_contiguous(*values);
+      std::copy_n(
+          from.const_data_ptr<float>(),
+          from.numel(),
+          result.mutable_data_ptr<float>());
     }
     return result;
   }
 
   std::optional<Tensor> weight_;
-  Tensor bias_;
-  Tensor scale_;
+  std::optional<Tensor> bias_;
+  std::vector<float> zeros_;  // in place of a bias
+  std::vector<float> scale_;
   std::optional<Tensor> partial_;
 };
 

@@ -476,6 +476,17 @@ DLKERNELS_INLINE Vec scale_by_power(Vec value, Vec n) {
 #endif
 }
 
+// e^r for r between -ln 2 / 2 and ln 2 / 2.
+DLKERNELS_INLINE Vec exp_of_remainder(Vec r) {
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return (p * r * r + r) + 1.0f;
+}
+
 // e^x to about one unit in the last place; 0 below -103.97 (results under the
 // smallest normal number keep fewer digits), infinity above 88.72.
 DLKERNELS_INLINE Vec exp(Vec x) {
@@ -490,17 +501,28 @@ DLKERNELS_INLINE Vec exp(Vec x) {
   const Vec n = shifted - kRounder;
   // ln 2 in two parts: n times the first is exact.
   const Vec r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return scale_by_power((p * r * r + r) + 1.0f, n);
+  return scale_by_power(exp_of_remainder(r), n);
+}
+
+// 1 + e^-x, with less work than exp: where the power leaves the range of normal
+// numbers it becomes 0 or infinity, which one more than it hardly differs from.
+DLKERNELS_INLINE Vec inverse_sigmoid(Vec x) {
+  // Adding 1.5 * 2^23 rounds to an integer; 127 more make it an exponent, which
+  // then stands in the low bits.
+  constexpr float kRounder = 12582912.0f + 127.0f;
+  // In this order of operands the hardware's own minimum and maximum keep NaN.
+  const Vec lower = broadcast(-88.8f);
+  const Vec upper = broadcast(88.0f);
+  Vec clamped = lower > x ? lower : x;
+  clamped = upper < clamped ? upper : clamped;
+  const Vec shifted = clamped * -1.44269504088896341f + kRounder;
+  const Vec n = shifted - kRounder;
+  const Vec r = (-clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  return exp_of_remainder(r) * as_float(as_bits(shifted) << 23) + 1.0f;
 }
 
 DLKERNELS_INLINE Vec sigmoid(Vec x) {
-  return 1.0f / (1.0f + exp(-x));
+  return 1.0f / inverse_sigmoid(x);
 }
 
 }  // namespace DLKERNELS_CPU_CAPABILITY

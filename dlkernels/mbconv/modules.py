@@ -306,7 +306,14 @@ class MBConv(nn.Module):
 
     def part(self, name: str) -> Any:
         """The layer that serves as this part, or None."""
-        return self.get_submodule(self.names[name]) if name in self.names else None
+        if name not in self.names:
+            return None
+        # As get_submodule, which a small block would spend much of its time in.
+        module: nn.Module | None = self
+        for key in self.names[name].split("."):
+            assert module is not None
+            module = module._modules[key]
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [N, C, H, W] to [N, O, H', W']."""

@@ -98,8 +98,9 @@ def _of_large_maps(
     products = torch.bmm(_rows(grad), _rows(x).transpose(1, 2))
     if gate is None:
         return products.sum(0), None
-    grad_weight = torch.einsum("noc,nc->oc", products, gate)
-    return grad_weight, torch.einsum("noc,oc->nc", products, weight)
+    # Not by einsum, which would multiply channel by channel.
+    grad_weight = (products * gate[:, None]).sum(0)
+    return grad_weight, (products * weight).sum(1)
 
 
 def _columns(maps: Tensor) -> Tensor:

@@ -80,6 +80,16 @@ def bad(**changes):
         ({"padding": (1, 1)}, ValueError, "one number or four"),
         ({"norm": Norm(mean=torch.ones(8))}, ValueError, "norm.mean and norm.var must be given"),
         ({"norm": Norm(torch.ones(7))}, ValueError, r"norm.weight must have shape \[8\].*\[7\]"),
+        (
+            {"norm": Norm(mean=torch.ones(8), var=torch.ones(9))},
+            ValueError,
+            r"norm.var must have shape \[8\].*\[9\]",
+        ),
+        (
+            {"input_norm": Norm(mean=torch.ones(1, 8), var=torch.ones(8))},
+            ValueError,
+            r"input_norm.mean must have shape \[8\].*\[1, 8\]",
+        ),
         ({"norm": Norm(activation="tanh")}, ValueError, "norm.activation must be one of"),
         ({"x": torch.randn(1, 8, 3, 3)}, ValueError, "more than one output per channel"),
     ],

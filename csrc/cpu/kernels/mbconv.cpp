@@ -410,9 +410,31 @@ void backward(const Args& args, float* memory, int64_t begin, int64_t end) {
 
 // ---- channels_last maps: a group of channels of one sample --------------
 
+// Rows of outputs, which are worked on together.
+struct Band {
+  int64_t first;
+  int64_t rows;
+};
+
+// So many that their inputs stay in the second-level cache, and no less than
+// the rows that one band's gradients leave to the next.
+int64_t rows_per_band(const DepthwiseShape& shape) {
+  constexpr int64_t kFloats = 32768;
+  const int64_t fitting =
+      kFloats / (columns_read(shape) * kGroup * shape.stride);
+  const int64_t rows = fitting < shape.kernel ? shape.kernel : fitting;
+  return rows < shape.out_height ? rows : shape.out_height;
+}
+
+// Rows of inputs that two neighbouring bands share.
+int64_t shared_rows(const DepthwiseShape& shape) {
+  return shape.kernel - shape.stride;
+}
+
 struct GroupScratch {
-  Pixels in;      // pre(x), padded
-  Pixels grad;    // of the outputs; data points to the first one
+  int64_t band;   // rows of outputs
+  Pixels in;      // pre(x) for them, padded
+  Pixels grad;    // of them; data points to the first one
   float* row;     // of outputs, or of the input's gradient
   float* weight;  // [kernel * kernel, kGroup]
   float* turned;  // the same, as the input's gradient needs them
@@ -421,12 +443,13 @@ struct GroupScratch {
 
   GroupScratch(const DepthwiseShape& shape, Scratch scratch, bool backward) {
     const int64_t stride = columns_read(shape) * kGroup;
-    in = {scratch.take(rows_read(shape) * stride), stride};
+    band = rows_per_band(shape);
+    const int64_t rows = band * shape.stride + shared_rows(shape);
+    in = {scratch.take(rows * stride), stride};
     if (backward) {
       const int64_t margin = gradient_margin(shape);
       const int64_t grad_stride = (shape.out_width + 2 * margin + 1) * kGroup;
-      float* first =
-          scratch.take((shape.out_height + 2 * margin + 1) * grad_stride);
+      float* first = scratch.take((band + 2 * margin + 1) * grad_stride);
       grad = {first + margin * (grad_stride + kGroup), grad_stride};
     }
     const int64_t longer =
@@ -506,47 +529,62 @@ struct Part {
   Lanes lanes;
 };
 
-// Fills the padded plane with pre(x).
+DLKERNELS_INLINE void clear_pixels(float* row, int64_t width) {
+  for (int64_t x = 0; x < width; ++x) {
+    store(row + x * kGroup, Vec{});
+  }
+}
+
+// Fills the padded rows that a band reads with pre(x), but for those that it
+// shares with the one before.
 template <typename T, typename Act, typename Lanes>
 DLKERNELS_NOINLINE void fill_pixels(
     const Args& args,
     const GroupScratch& scratch,
     const Act& act,
-    const Part<Lanes>& part) {
+    const Part<Lanes>& part,
+    const Band& band) {
   const DepthwiseShape& shape = args.shape;
   const T* x = static_cast<const T*>(args.pre.x) +
                part.sample * area_of(shape) * shape.channels + part.c;
   const ChannelsNorm norm(args.pre, part.c, part.lanes);
-  const auto fitting = [](int64_t read, int64_t pad, int64_t extent) {
-    return read - pad < extent ? read - pad : extent;
-  };
-  const int64_t height = fitting(rows_read(shape), shape.pad_top, shape.height);
-  const int64_t width =
-      fitting(columns_read(shape), shape.pad_left, shape.width);
-  for (int64_t y = 0; y < height; ++y) {
-    float* row = scratch.in.at(y + shape.pad_top, shape.pad_left);
+  const int64_t fitting = columns_read(shape) - shape.pad_left;
+  const int64_t width = fitting < shape.width ? fitting : shape.width;
+  const int64_t shared = shared_rows(shape);
+  for (int64_t i = band.first == 0 ? 0 : shared;
+       i < band.rows * shape.stride + shared;
+       ++i) {
+    float* row = scratch.in.at(i, shape.pad_left);
+    const int64_t y = band.first * shape.stride + i - shape.pad_top;
+    if (y < 0 || y >= shape.height) {
+      clear_pixels(row, width);
+      continue;
+    }
     const T* from = x + y * shape.width * shape.channels;
-    for (int64_t i = 0; i < width; ++i) {
-      const Vec value = norm(load(from + i * shape.channels, part.lanes));
-      store(row + i * kGroup, act.value(value));
+    for (int64_t j = 0; j < width; ++j) {
+      const Vec value = norm(load(from + j * shape.channels, part.lanes));
+      store(row + j * kGroup, act.value(value));
     }
   }
 }
 
-// Writes post of each row of outputs, and its mean.
+// Writes post of each row of a band and adds their sums to those of the group.
 template <typename T, typename Act, typename Lanes>
 DLKERNELS_NOINLINE void finish_pixels(
     const Args& args,
     const Convolution& convolution,
     const GroupScratch& scratch,
     const Act& act,
-    const Part<Lanes>& part) {
+    const Part<Lanes>& part,
+    const Band& band,
+    float* sums) {
   const DepthwiseShape& shape = args.shape;
   const ChannelsNorm norm(args.post, part.c, part.lanes);
+  const int64_t first = part.sample * shape.out_height + band.first;
   T* out = static_cast<T*>(args.post.out) +
-           part.sample * out_area_of(shape) * shape.channels + part.c;
-  Vec total{};
-  for (int64_t y = 0; y < shape.out_height; ++y) {
+           first * shape.out_width * shape.channels + part.c;
+  Vec total = load(sums);
+  for (int64_t y = 0; y < band.rows; ++y) {
     convolution.row_of_pixels(
         scratch.in, scratch.weight, y, shape.out_width, scratch.row);
     Vec row{};
@@ -558,49 +596,73 @@ DLKERNELS_NOINLINE void finish_pixels(
     }
     total += row;
   }
-  if (args.post.pooled != nullptr) {
-    store(
-        args.post.pooled + part.sample * shape.channels + part.c,
-        total / static_cast<float>(args.post.area),
-        part.lanes);
-  }
+  store(sums, total);
 }
 
-// Calls body(scratch, typed null pointer, part) for the parts of a group, of
-// which pre(x) and the weights have been put in place.
+// Moves rows, of whole groups, within a plane; they may overlap.
+void move_rows(const Pixels& plane, int64_t from, int64_t to, int64_t rows) {
+  __builtin_memmove(
+      plane.at(to, 0), plane.at(from, 0), rows * plane.stride * sizeof(float));
+}
+
+// Calls body(first channel, scratch, part, band) for the parts of each band of
+// a group, of which pre(x) and the weights have been put in place.
 template <typename Body>
 DLKERNELS_INLINE void for_each_filled_part(
     const Args& args,
     const GroupScratch& whole,
     const Group& group,
     const Body& body) {
+  const DepthwiseShape& shape = args.shape;
   load_weights(args, group, whole);
-  for_each_part(args.shape, group, [&](int64_t first, auto lanes) {
-    const GroupScratch scratch = whole.from(first);
-    const Part<decltype(lanes)> part{
-        group.sample, group.channel + first, lanes};
-    specialize(args.pre, [&](auto* tag, const auto& act) {
-      fill_pixels<std::remove_pointer_t<decltype(tag)>>(
-          args, scratch, act, part);
+  for (int64_t y = 0; y < shape.out_height; y += whole.band) {
+    const int64_t rest = shape.out_height - y;
+    const Band band{y, rest < whole.band ? rest : whole.band};
+    if (y > 0) {
+      move_rows(whole.in, whole.band * shape.stride, 0, shared_rows(shape));
+    }
+    for_each_part(shape, group, [&](int64_t first, auto lanes) {
+      const GroupScratch scratch = whole.from(first);
+      const Part<decltype(lanes)> part{
+          group.sample, group.channel + first, lanes};
+      specialize(args.pre, [&](auto* tag, const auto& act) {
+        fill_pixels<std::remove_pointer_t<decltype(tag)>>(
+            args, scratch, act, part, band);
+      });
+      body(first, scratch, part, band);
     });
-    body(first, scratch, part);
-  });
+  }
 }
 
 void infer_last(const Args& args, float* memory, int64_t begin, int64_t end) {
-  const GroupScratch scratch(args.shape, Scratch(memory), false);
-  const Convolution convolution = convolution_of(args.shape);
+  const DepthwiseShape& shape = args.shape;
+  const GroupScratch scratch(shape, Scratch(memory), false);
+  const Convolution convolution = convolution_of(shape);
   for (int64_t item = begin; item < end; ++item) {
+    const Group group = group_of(shape, item);
+    float sums[kGroup] = {};
     for_each_filled_part(
         args,
         scratch,
-        group_of(args.shape, item),
-        [&](int64_t, const GroupScratch& filled, const auto& part) {
+        group,
+        [&](int64_t first,
+            const GroupScratch& filled,
+            const auto& part,
+            const Band& band) {
           specialize(args.post, [&](auto* tag, const auto& act) {
             finish_pixels<std::remove_pointer_t<decltype(tag)>>(
-                args, convolution, filled, act, part);
+                args, convolution, filled, act, part, band, sums + first);
           });
         });
+    if (args.post.pooled != nullptr) {
+      float* pooled =
+          args.post.pooled + group.sample * shape.channels + group.channel;
+      for_each_part(shape, group, [&](int64_t first, auto lanes) {
+        const Vec mean =
+            load(sums + first) / static_cast<float>(args.post.area);
+        store(pooled + first, mean, lanes);
+      });
+    }
   }
 }
 
@@ -617,36 +679,38 @@ void convolve_last(
   const DepthwiseShape& shape = args.shape;
   const GroupScratch scratch(shape, Scratch(memory), false);
   const Convolution convolution = convolution_of(shape);
-  const auto convolve =
-      [&](int64_t, const GroupScratch& filled, const auto& part) {
-        dispatch(shape.dtype, [&](auto* tag) {
-          auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
-          for (int64_t y = 0; y < shape.out_height; ++y) {
-            convolution.row_of_pixels(
-                filled.in, filled.weight, y, shape.out_width, filled.row);
-            const int64_t pixel =
-                (part.sample * shape.out_height + y) * shape.out_width;
-            store_row(
-                filled.row,
-                shape.out_width,
-                shape.channels,
-                raw + pixel * shape.channels,
-                part.lanes);
-          }
-        });
-      };
+  const auto convolve = [&](int64_t,
+                            const GroupScratch& filled,
+                            const auto& part,
+                            const Band& band) {
+    dispatch(shape.dtype, [&](auto* tag) {
+      auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
+      for (int64_t y = 0; y < band.rows; ++y) {
+        convolution.row_of_pixels(
+            filled.in, filled.weight, y, shape.out_width, filled.row);
+        const int64_t row = part.sample * shape.out_height + band.first + y;
+        store_row(
+            filled.row,
+            shape.out_width,
+            shape.channels,
+            raw + row * shape.out_width * shape.channels,
+            part.lanes);
+      }
+    });
+  };
   for (int64_t item = begin; item < end; ++item) {
     for_each_filled_part(args, scratch, group_of(shape, item), convolve);
   }
 }
 
-// The gradient of raw, padded with zeros.
+// The gradient of a band of raw, padded with zeros.
 template <typename T, typename Act, typename Lanes>
 DLKERNELS_NOINLINE void fill_gradient(
     const Args& args,
     const GroupScratch& scratch,
     const Act& act,
-    const Part<Lanes>& part) {
+    const Part<Lanes>& part,
+    const Band& band) {
   const DepthwiseShape& shape = args.shape;
   const BatchNormActArgs& post = args.post;
   const int64_t first =
@@ -661,10 +725,11 @@ DLKERNELS_NOINLINE void fill_gradient(
     const float* of = post.grad_pooled + part.sample * shape.channels + part.c;
     pooled = load(of, part.lanes) / static_cast<float>(post.area);
   }
-  for (int64_t y = 0; y < shape.out_height; ++y) {
+  for (int64_t y = 0; y < band.rows; ++y) {
     float* row = scratch.grad.at(y, 0);
     for (int64_t x = 0; x < shape.out_width; ++x) {
-      const int64_t i = (y * shape.out_width + x) * shape.channels;
+      const int64_t i =
+          ((band.first + y) * shape.out_width + x) * shape.channels;
       const Vec value = load(raw + i, part.lanes);
       const Vec grad =
           (load(grad_out + i, part.lanes) + pooled) * act.slope(norm(value));
@@ -674,49 +739,88 @@ DLKERNELS_NOINLINE void fill_gradient(
   }
 }
 
+// Puts what lies above and below a band's gradients in place, for all parts:
+// the last rows of the band before, or zeros.
+void surround_gradient(
+    const DepthwiseShape& shape,
+    const GroupScratch& scratch,
+    const Band& band) {
+  const int64_t margin = gradient_margin(shape);
+  const auto clear = [&](int64_t y, int64_t rows) {
+    float* first = scratch.grad.at(y, 0) - margin * kGroup;
+    __builtin_memset(first, 0, rows * scratch.grad.stride * sizeof(float));
+  };
+  if (band.first == 0) {
+    clear(-margin, margin);
+  } else {
+    move_rows(scratch.grad, scratch.band - margin, -margin, margin);
+  }
+  if (band.first + band.rows == shape.out_height) {
+    clear(band.rows, margin + 1);
+  }
+}
+
+// The rows of the input's gradient that are complete with a band of outputs,
+// and were not before.
+Band completed_rows(const DepthwiseShape& shape, const Band& band) {
+  const auto row_of = [&](int64_t output) {
+    const int64_t y = output * shape.stride - shape.pad_top;
+    return y < 0 ? 0 : y < shape.height ? y : shape.height;
+  };
+  const int64_t next = band.first + band.rows;
+  const int64_t begin = band.first == 0 ? 0 : row_of(band.first);
+  const int64_t end = next == shape.out_height ? shape.height : row_of(next);
+  return {begin, end - begin};
+}
+
 void convolve_last_backward(
     const Args& args, float* memory, int64_t begin, int64_t end) {
   const DepthwiseShape& shape = args.shape;
   const GroupScratch scratch(shape, Scratch(memory), true);
   const Convolution convolution = convolution_of(shape);
   const int64_t weights = shape.kernel * shape.kernel * kGroup;
+  float* grad_weight = nullptr;
+  const auto convolve = [&](int64_t first,
+                            const GroupScratch& filled,
+                            const auto& part,
+                            const Band& band) {
+    if (first == 0) {
+      surround_gradient(shape, scratch, band);
+    }
+    specialize(args.post, [&](auto* tag, const auto& act) {
+      fill_gradient<std::remove_pointer_t<decltype(tag)>>(
+          args, filled, act, part, band);
+    });
+    convolution.weight_gradient_of_pixels(
+        filled.in,
+        filled.grad,
+        band.rows,
+        shape.out_width,
+        grad_weight + first);
+    convolution.turn_taps(filled.weight, filled.turned);
+    dispatch(shape.dtype, [&](auto* tag) {
+      auto* grad_x = static_cast<decltype(tag)>(args.pre.grad_x) + part.c;
+      const Band completed = completed_rows(shape, band);
+      for (int64_t i = 0; i < completed.rows; ++i) {
+        const int64_t y = completed.first + i;
+        convolution.input_gradient_of_row(
+            shape, filled.grad, band.first, filled.turned, y, filled.row);
+        const int64_t row = part.sample * shape.height + y;
+        store_row(
+            filled.row,
+            shape.width,
+            shape.channels,
+            grad_x + row * shape.width * shape.channels,
+            part.lanes);
+      }
+    });
+  };
   for (int64_t item = begin; item < end; ++item) {
-    float* grad_weight = args.grad_weight + item * weights;
+    grad_weight = args.grad_weight + item * weights;
     for (int64_t i = 0; i < weights; ++i) {
       grad_weight[i] = 0.0f;
     }
-    for_each_filled_part(
-        args,
-        scratch,
-        group_of(shape, item),
-        [&](int64_t first, const GroupScratch& filled, const auto& part) {
-          specialize(args.post, [&](auto* tag, const auto& act) {
-            fill_gradient<std::remove_pointer_t<decltype(tag)>>(
-                args, filled, act, part);
-          });
-          convolution.weight_gradient_of_pixels(
-              filled.in,
-              filled.grad,
-              shape.out_height,
-              shape.out_width,
-              grad_weight + first);
-          convolution.turn_taps(filled.weight, filled.turned);
-          dispatch(shape.dtype, [&](auto* tag) {
-            auto* grad_x = static_cast<decltype(tag)>(args.pre.grad_x);
-            for (int64_t y = 0; y < shape.height; ++y) {
-              convolution.input_gradient_of_row(
-                  shape, filled.grad, filled.turned, y, filled.row);
-              const int64_t pixel =
-                  (part.sample * shape.height + y) * shape.width;
-              store_row(
-                  filled.row,
-                  shape.width,
-                  shape.channels,
-                  grad_x + pixel * shape.channels + part.c,
-                  part.lanes);
-            }
-          });
-        });
+    for_each_filled_part(args, scratch, group_of(shape, item), convolve);
   }
 }
 

@@ -11,8 +11,9 @@
 // Contiguous maps are worked on channel by channel: all samples of a channel go
 // through every pass, statistics included, while they lie in cache, so that
 // each map is read or written once. Of channels_last maps the convolution works
-// on kGroup channels of one sample, a cache line a pixel; the norms' passes are
-// those of batch_norm_act.
+// on kGroup channels of one sample, a cache line a pixel, in bands of rows that
+// stay in the second-level cache; the norms' passes are those of
+// batch_norm_act.
 //
 // Every kernel takes scratch memory of scratch_floats(), zeroed, for itself.
 
