@@ -20,9 +20,11 @@ TORCH ?= 2.13.0
 demo: build
 	$(PY) -m dlkernels demo
 
+# Two processes at once, whose threads do not spin while they wait for each other.
+test: export OMP_WAIT_POLICY = passive
 test: build lint types
-	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof
+	$(PY) -m pytest -n 2 --dist loadfile tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile tests/gpu_proof
 
 gpu: build
 	$(PY) tools/gpu_report.py

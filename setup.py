@@ -10,6 +10,7 @@ from setuptools.command.build_py import build_py
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
 import native_build
+from cuda_toolkit import CudaError
 
 
 class NativeBuildExt(build_ext):
@@ -17,12 +18,15 @@ class NativeBuildExt(build_ext):
 
     def run(self):
         info = Path(self.get_ext_fullpath("dlkernels._info"))
-        native_build.build(
-            output=info.parent.resolve(),
-            build_dir=Path(self.build_temp).resolve(),
-            info_name=info.name,
-            version=native_build.read_version(),
-        )
+        try:
+            native_build.build(
+                output=info.parent.resolve(),
+                build_dir=Path(self.build_temp).resolve(),
+                info_name=info.name,
+                version=native_build.read_version(),
+            )
+        except (native_build.BuildError, CudaError) as error:
+            raise SystemExit(f"dlkernels: {error}") from None
 
     def get_outputs(self):
         folder = Path(self.get_ext_fullpath("dlkernels._info")).parent
@@ -34,12 +38,13 @@ class PureBuild(build_py):
 
     def run(self):
         super().run()
-        note = Path(self.build_lib) / "dlkernels" / "_not_compiled.py"
-        note.write_text(f'"""Written by the install."""\n\nREASON = {NOT_COMPILED!r}\n')
+        self.note().write_text(f'"""Written by the install."""\n\nREASON = {NOT_COMPILED!r}\n')
 
     def get_outputs(self, include_bytecode=True):
-        note = Path(self.build_lib) / "dlkernels" / "_not_compiled.py"
-        return [*super().get_outputs(include_bytecode), str(note)]
+        return [*super().get_outputs(include_bytecode), str(self.note())]
+
+    def note(self):
+        return Path(self.build_lib) / "dlkernels" / "_not_compiled.py"
 
 
 NOT_COMPILED = native_build.why_not_compiled()

@@ -1,16 +1,17 @@
 """dense_block against torchvision (plain and memory_efficient), torch.compile and onnxruntime.
 
-The last benchmark draws peak memory over depth into out/dense_block_memory.png.
+The last benchmark draws peak memory over depth into docs/figures/dense_block_memory.png.
 """
 
-import math
+import copy
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torchvision.models import densenet as torchvision_densenet
 
-from benchmarks.peers import DEVICE, FORMATS, compare, rows
+from benchmarks.peers import DEVICE, FORMATS, compare, onnxruntime_call, rows
 from dlkernels import models, nn
 from dlkernels.measure import peak_cpu_memory
 
@@ -26,52 +27,68 @@ def test_block(benchmark, block, training, memory_format):
     layers, channels, size = block
     x = torch.randn(8, channels, size, size, device=DEVICE).contiguous(memory_format=memory_format)
     theirs = torchvision_densenet._DenseBlock(layers, channels, 4, 32, 0.0)
-    minimal = nn.DenseBlock(layers, channels, 4, 32, memory="minimal")
-    modules = {"balanced": nn.DenseBlock(layers, channels, 4, 32), "minimal": minimal}
-    modules |= {"torchvision": theirs, "torch.compile": torch.compile(theirs)}
+    modules = {
+        "balanced": nn.DenseBlock(layers, channels, 4, 32),
+        "minimal": nn.DenseBlock(layers, channels, 4, 32, memory="minimal"),
+        "torchvision": theirs,
+        "torch.compile": torch.compile(theirs),
+    }
     for module in modules.values():
         module.to(DEVICE, memory_format=memory_format).train(training)
-    compare(benchmark, modules, (x,), training, floor=x.clone, memory=DEVICE == "cpu", rounds=5)
+    run(benchmark, modules, x, training)
 
 
-def test_densenet121_training(benchmark):
-    x = torch.randn(8, 3, 224, 224, device=DEVICE)
-    plain = torchvision_densenet.densenet121()
-    peers = {
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_densenet121_training(benchmark, memory_format):
+    x = torch.randn(8, 3, 224, 224, device=DEVICE).contiguous(memory_format=memory_format)
+    modules = {
         "balanced": models.densenet121(),
         "minimal": models.densenet121(memory="minimal"),
-        "torchvision": plain,
+        "torchvision": torchvision_densenet.densenet121(),
         "memory_efficient": torchvision_densenet.densenet121(memory_efficient=True),
         "torch.compile": torch.compile(torchvision_densenet.densenet121()),
     }
-    for memory_format in FORMATS:
-        for module in peers.values():
-            module.to(DEVICE, memory_format=memory_format)
-        maps = x.contiguous(memory_format=memory_format)
-        compare(benchmark, peers, (maps,), True, floor=x.clone, memory=DEVICE == "cpu", rounds=5)
-        benchmark._mode = None
+    for module in modules.values():
+        module.to(DEVICE, memory_format=memory_format)
+    run(benchmark, modules, x, True)
 
 
-def test_densenet121_inference(benchmark, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def run(benchmark, modules, x, training):
+    compare(
+        benchmark,
+        modules,
+        (x,),
+        training,
+        floor=x.clone,
+        memory=DEVICE == "cpu",
+        rounds=5,
+        also_ours=("minimal",),
+    )
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="onnxruntime runs on the CPU here")
+def test_densenet121_inference(benchmark):
     theirs = torchvision_densenet.densenet121().eval()
-    x = torch.randn(8, 3, 224, 224)
-    path = tmp_path / "densenet121.onnx"
-    torch.onnx.export(theirs, (x,), path, input_names=["x"], verbose=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    session = onnxruntime.InferenceSession(path, options)
     ours = models.densenet121().eval()
     ours.load_state_dict(theirs.state_dict())
-    channels_last = models.densenet121().eval().to(memory_format=torch.channels_last)
-    channels_last.load_state_dict(theirs.state_dict())
+    x = torch.randn(8, 3, 224, 224)
+
+    def in_channels_last(model):
+        model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        return lambda x: model(x.contiguous(memory_format=torch.channels_last))
+
     functions = {
-        "channels_last": lambda x: channels_last(x.contiguous(memory_format=torch.channels_last)),
         "contiguous": ours,
+        "channels_last": in_channels_last(ours),
         "torchvision": theirs,
-        "onnxruntime": lambda x: session.run(None, {"x": x.numpy()})[0],
+        "torchvision channels_last": in_channels_last(theirs),
+        "torch.compile": torch.compile(theirs),
     }
-    compare(benchmark, functions, (x,), False, floor=x.clone)
+    onnxruntime = onnxruntime_call(theirs, x)
+    functions["onnxruntime"] = lambda _: onnxruntime()
+    compare(
+        benchmark, functions, (x,), False, floor=x.clone, rounds=9, also_ours=("channels_last",)
+    )
 
 
 def test_memory_over_depth(benchmark):
@@ -85,11 +102,11 @@ def test_memory_over_depth(benchmark):
         )
     }
     for name, values in peaks.items():
-        exponent = math.log(values[-1] / values[0]) / math.log(DEPTHS[-1] / DEPTHS[0])
+        exponent, _ = numpy.polyfit(numpy.log(DEPTHS), numpy.log(values), 1)
         columns = {f"L={d} MiB": v for d, v in zip(DEPTHS, values, strict=True)}
-        rows.append({"benchmark": f"memory {name}", **columns, "exponent": exponent})
+        rows.append({"benchmark": f"memory {name}", **columns, "exponent": float(exponent)})
     _draw(peaks)
-    benchmark.pedantic(lambda: _peak_of_step(DEPTHS[0], "minimal"), rounds=1)
+    benchmark.pedantic(lambda: None)
 
 
 def _peak_of_step(depth: int, memory: str | None) -> float:
@@ -102,7 +119,6 @@ def _peak_of_step(depth: int, memory: str | None) -> float:
                 plain = torchvision_densenet._DenseBlock(len(block), channels, 4, 12, 0.0)
                 setattr(network.features, name, plain)
     x = torch.randn(8, 3, 32, 32)
-    network(x).sum().backward()
     return peak_cpu_memory(lambda: network(x).sum().backward()) / 2**20
 
 
@@ -116,7 +132,6 @@ def _draw(peaks: dict[str, list[float]]) -> None:
     axes.set_ylabel("peak memory of a training step (MiB)")
     axes.set_title("DenseNet-BC (k = 12), 32 x 32, batch 8")
     axes.legend()
-    path = Path("out/dense_block_memory.png")
-    path.parent.mkdir(exist_ok=True)
+    path = Path(__file__).parents[1] / "docs/figures/dense_block_memory.png"
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,7 +1,6 @@
 """Depthwise convolution, batch norm and SiLU, and EfficientNet, against their peers."""
 
 import copy
-import io
 from functools import partial
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from benchmarks.peers import DEVICE, FORMATS, compare, rows
+from benchmarks.peers import DEVICE, FORMATS, compare, onnxruntime_call, rows
 from dlkernels import models, ops
 from dlkernels.measure import interleaved_medians, peak_cpu_memory
 
@@ -75,19 +74,6 @@ def step(model, x):
     for parameter in model.parameters():
         parameter.grad = None
     return None
-
-
-def onnxruntime_call(model, x):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    buffer = io.BytesIO()
-    torch.onnx.export(model, (x,), buffer, input_names=["x"], verbose=False, dynamo=False)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Idle threads that spin would slow down whoever is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(buffer.getvalue(), options)
-    values = x.numpy()
-    return lambda: session.run(None, {"x": values})
 
 
 @pytest.mark.parametrize("mode", ["inference-1", "inference-8", "training-8"])

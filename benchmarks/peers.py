@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Collection, Sequence
 
+import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
@@ -18,7 +20,9 @@ from torch import Tensor
 from dlkernels.measure import interleaved_medians, peak_cpu_memory
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
+# The fewest; short calls, whose times scatter more, get as many as fit in a second.
 ROUNDS = 15
+MOST_ROUNDS = 101
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 rows: list[dict[str, str | float]] = []
@@ -52,11 +56,13 @@ def compare(
     *,
     memory: bool = False,
     rounds: int = ROUNDS,
+    also_ours: Collection[str] = (),
 ) -> None:
     """Times every function on the inputs and adds a row to the summary.
 
     In training all inputs get gradients, and a call is forward and backward. With ``memory`` the
-    row also shows each function's peak memory, counted exactly (CPU only).
+    row also shows each function's peak memory, counted exactly (CPU only). Functions named in
+    ``also_ours`` are the library's, too, and no peers.
     """
     torch.set_num_threads(2)
     torch._dynamo.reset()
@@ -65,9 +71,12 @@ def compare(
         for name, function in functions.items()
     }
     calls["floor"] = floor
+    once = sum(interleaved_medians(calls, rounds=1).values())
+    rounds = max(rounds, min(MOST_ROUNDS, int(1 / once)))
     medians = interleaved_medians(calls, rounds)
     peaks = {f"{name} MiB": peak_cpu_memory(calls[name]) / 2**20 for name in functions if memory}
-    ours, *peers = functions
+    ours, *others = functions
+    peers = [name for name in others if name not in also_ours]
     best = min(peers, key=medians.__getitem__)
     rows.append(
         {
@@ -81,6 +90,20 @@ def compare(
     )
     benchmark.extra_info.update(rows[-1])
     benchmark.pedantic(calls[ours], rounds=3, iterations=1)
+
+
+def onnxruntime_call(model: torch.nn.Module, x: Tensor) -> Callable[[], object]:
+    """Inference of the exported model on the input by onnxruntime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    buffer = io.BytesIO()
+    torch.onnx.export(model, (x,), buffer, input_names=["x"], verbose=False, dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Idle threads that spin would slow down whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options)
+    values = x.numpy()
+    return lambda: session.run(None, {"x": values})
 
 
 def _inference(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:

@@ -94,8 +94,8 @@ def _load(stem: str) -> str | None:
         built_for = info.torch_version if info else "an unknown torch"
         raise ImportError(
             f"{path.name} was built for torch {built_for} and does not load under torch "
-            f"{torch.__version__}: {error}. Build dlkernels again in this environment "
-            "(pip install --force-reinstall --no-deps dlkernels)."
+            f"{torch.__version__}: {error.__cause__ or error}. Build dlkernels again in this "
+            "environment (pip install --force-reinstall --no-deps dlkernels)."
         ) from error
     return None
 

@@ -3,9 +3,14 @@
 import ast
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+from native_build import COMMON_FLAGS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlkernels"
@@ -62,3 +67,14 @@ def test_kernel_objects_hold_no_weak_symbols():
         symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True).stdout
         weak = [line for line in symbols.splitlines() if " W " in line or " V " in line]
         assert not weak, f"{path.name}: {weak}"
+
+
+CROSS_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(CROSS_COMPILER is None, reason="needs a cross compiler for aarch64")
+def test_kernels_are_not_tied_to_x86():
+    sources = sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp"))
+    options = [*COMMON_FLAGS, "-DDLKERNELS_CPU_CAPABILITY=cpu_default", "-fsyntax-only"]
+    result = subprocess.run([CROSS_COMPILER, *options, *sources], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

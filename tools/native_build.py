@@ -250,8 +250,8 @@ def read_version() -> str:
 
 
 def why_not_compiled() -> str | None:
-    """Why an install here is pure Python; DLKERNELS_FORCE_BUILD=1 demands the compiled parts."""
-    if os.environ.get("DLKERNELS_FORCE_BUILD") == "1":
+    """Why an install here is pure Python; never where the compiled parts are demanded."""
+    if "1" in (os.environ.get("DLKERNELS_FORCE_BUILD"), os.environ.get("DLKERNELS_CUDA")):
         return None
     compiler = _compiler()
     if shutil.which(compiler.split()[0]) is None:

@@ -56,6 +56,20 @@ class Scratch {
   Tensor memory_;
 };
 
+inline Grid grid_of(const Tensor& maps) {
+  STD_TORCH_CHECK(maps.dim() == 4, "maps must have shape [N, C, H, W]");
+  return {maps.size(0), maps.size(2), maps.size(3)};
+}
+
+// Of a norm, or statistics.
+inline void check_per_channel(const Tensor& values, int64_t channels) {
+  STD_TORCH_CHECK(
+      values.numel() == channels && values.is_contiguous() &&
+          values.scalar_type() == torch::headeronly::ScalarType::Float,
+      "norms and statistics must be contiguous float32 tensors of one value "
+      "per channel");
+}
+
 // Mean and biased variance of each channel from the moments of its tiles.
 inline void merge_moments(
     const Tiling& tiling,
@@ -77,6 +91,24 @@ inline void merge_moments(
     means[c] = static_cast<float>(mean);
     variances[c] = static_cast<float>(squares / std::max(1.0, count));
   }
+}
+
+// Mean and biased variance of a slice.
+inline void take_moments(
+    const Slice& in,
+    const Grid& grid,
+    const Tensor& like,
+    float* mean,
+    float* variance) {
+  const Tiling tiling = tiling_of(grid, 1);
+  const Scratch scratch(like, scratch_size(tiling, 1));
+  Floats moments(2 * in.count * tiling.tiles);
+  const MomentsArgs args{tiling, in, moments.data()};
+  for_each_thread(
+      tiling.tiles, [&](int64_t thread, int64_t begin, int64_t end) {
+        dense_block_kernels().moments(args, scratch.of(thread), begin, end);
+      });
+  merge_moments(tiling, moments.data(), in.count, mean, variance);
 }
 
 // One batch norm with the statistics that it normalises with.

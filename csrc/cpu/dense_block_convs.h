@@ -56,11 +56,7 @@ inline void check_norms(const Tensors& tensors, const Tensors& weights) {
   STD_TORCH_CHECK(
       tensors.size() == weights.size(), "every convolution must have a norm");
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(
-        tensors[i].numel() == weights[i].size(1) &&
-            tensors[i].is_contiguous() &&
-            tensors[i].scalar_type() == torch::headeronly::ScalarType::Float,
-        "norms must be contiguous float32 tensors of one value per channel");
+    check_per_channel(tensors[i], weights[i].size(1));
   }
 }
 
@@ -68,7 +64,7 @@ inline void check_norms(const Tensors& tensors, const Tensors& weights) {
 inline Plan plan_of(
     const Tensor& maps, bool is_output, const Parameters& parameters) {
   const Tensors& weights = parameters.weights;
-  STD_TORCH_CHECK(maps.dim() == 4, "x must have shape [N, C, H, W]");
+  const Grid grid = grid_of(maps);
   STD_TORCH_CHECK(!weights.empty(), "there must be a convolution");
   for (const Tensor& weight : weights) {
     STD_TORCH_CHECK(
@@ -79,7 +75,7 @@ inline Plan plan_of(
   const int64_t convs = static_cast<int64_t>(weights.size());
   STD_TORCH_CHECK(!bottleneck || convs % 2 == 0, "a layer lacks a convolution");
   Plan plan{};
-  plan.grid = {maps.size(0), maps.size(2), maps.size(3)};
+  plan.grid = grid;
   plan.layers = bottleneck ? convs / 2 : convs;
   plan.growth = weights[bottleneck ? 1 : 0].size(0);
   plan.width = bottleneck ? weights[0].size(0) : 0;

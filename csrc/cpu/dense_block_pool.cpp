@@ -5,27 +5,6 @@
 namespace dlkernels {
 namespace {
 
-constexpr auto kFloat = torch::headeronly::ScalarType::Float;
-
-Grid check_pool(
-    const Tensor& x, const Tensor& norm_weight, const Tensor& norm_bias) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape [N, C, H, W]");
-  for (const Tensor* norm : {&norm_weight, &norm_bias}) {
-    STD_TORCH_CHECK(
-        norm->numel() == x.size(1) && norm->is_contiguous() &&
-            norm->scalar_type() == kFloat,
-        "norms must be contiguous float32 tensors of one value per channel");
-  }
-  return {x.size(0), x.size(2), x.size(3)};
-}
-
-void check_statistics(const Tensor& x, const Tensor& statistics) {
-  STD_TORCH_CHECK(
-      statistics.numel() == x.size(1) && statistics.is_contiguous() &&
-          statistics.scalar_type() == kFloat,
-      "statistics must be contiguous float32 tensors of one value per channel");
-}
-
 std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(
     const Tensor& x_,
     const Tensor& norm_weight,
@@ -33,14 +12,16 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(
     std::optional<Tensor> given_mean,
     std::optional<Tensor> given_variance,
     double eps) {
-  const Grid grid = check_pool(x_, norm_weight, norm_bias);
+  const Grid grid = grid_of(x_);
+  check_per_channel(norm_weight, x_.size(1));
+  check_per_channel(norm_bias, x_.size(1));
   const MemoryFormat format = memory_format_of(x_);
   const Tensor x = in_format(x_, format);
   const int64_t channels = x.size(1);
   const bool batch_statistics = !given_mean;
   if (!batch_statistics) {
-    check_statistics(x, *given_mean);
-    check_statistics(x, given_variance.value());
+    check_per_channel(*given_mean, channels);
+    check_per_channel(given_variance.value(), channels);
   }
   Tensor mean = empty_float(x, {batch_statistics ? channels : 0});
   Tensor variance = empty_float(x, {batch_statistics ? channels : 0});
@@ -52,21 +33,12 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(
       std::nullopt,
       format);
   const auto& kernels = dense_block_kernels();
-  const Tiling tiling = tiling_of(grid, 1);
   const Slice in = slice_of(x, 0, channels);
-  const Scratch scratch(
-      x, std::max(scratch_size(tiling, 1), pool_scratch_size(grid)));
   if (batch_statistics) {
-    Floats moments(2 * channels * tiling.tiles);
-    const MomentsArgs args{tiling, in, moments.data()};
-    for_each_thread(
-        tiling.tiles, [&](int64_t thread, int64_t begin, int64_t end) {
-          kernels.moments(args, scratch.of(thread), begin, end);
-        });
-    merge_moments(
-        tiling,
-        moments.data(),
-        channels,
+    take_moments(
+        in,
+        grid,
+        x,
         mean.mutable_data_ptr<float>(),
         variance.mutable_data_ptr<float>());
   }
@@ -76,6 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool(
       norm_weight,
       norm_bias,
       eps);
+  const Scratch scratch(x, pool_scratch_size(grid));
   const PoolArgs args{grid, in, norm.affine(), slice_of(out, 0, channels)};
   const int64_t rows = grid.width < 2 ? 0 : grid.samples * (grid.height / 2);
   for_each_thread(rows, [&](int64_t thread, int64_t begin, int64_t end) {
@@ -93,9 +66,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_relu_pool_backward(
     const Tensor& variance,
     double eps,
     bool batch_statistics) {
-  const Grid grid = check_pool(x_, norm_weight, norm_bias);
-  check_statistics(x_, mean);
-  check_statistics(x_, variance);
+  const Grid grid = grid_of(x_);
+  for (const Tensor* each : {&norm_weight, &norm_bias, &mean, &variance}) {
+    check_per_channel(*each, x_.size(1));
+  }
   STD_TORCH_CHECK(
       grad_out_.dim() == 4 && grad_out_.size(0) == grid.samples &&
           grad_out_.size(1) == x_.size(1) &&

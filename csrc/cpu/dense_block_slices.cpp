@@ -5,24 +5,10 @@
 namespace dlkernels {
 namespace {
 
-constexpr auto kFloat = torch::headeronly::ScalarType::Float;
-
-Grid grid_of(const Tensor& maps) {
-  STD_TORCH_CHECK(maps.dim() == 4, "maps must have shape [N, C, H, W]");
-  return {maps.size(0), maps.size(2), maps.size(3)};
-}
-
 void check_slice(const Tensor& maps, int64_t first, int64_t count) {
   STD_TORCH_CHECK(
       first >= 0 && count >= 0 && count <= maps.size(1) - first,
       "the channels of the slice must be among those of maps");
-}
-
-void check_statistics(const Tensor& statistics, int64_t count) {
-  STD_TORCH_CHECK(
-      statistics.numel() == count && statistics.is_contiguous() &&
-          statistics.scalar_type() == kFloat,
-      "statistics must be contiguous float32 tensors of one value per channel");
 }
 
 // Zeros in the format of `maps`.
@@ -30,23 +16,6 @@ Tensor zeros_like_maps(const Tensor& maps, MemoryFormat format) {
   Tensor result = empty_maps(maps, format);
   torch::stable::zero_(result);
   return result;
-}
-
-void take_moments(
-    const Slice& in,
-    const Grid& grid,
-    const Tensor& like,
-    float* mean,
-    float* variance) {
-  const Tiling tiling = tiling_of(grid, 1);
-  const Scratch scratch(like, scratch_size(tiling, 1));
-  Floats moments(2 * in.count * tiling.tiles);
-  const MomentsArgs args{tiling, in, moments.data()};
-  for_each_thread(
-      tiling.tiles, [&](int64_t thread, int64_t begin, int64_t end) {
-        dense_block_kernels().moments(args, scratch.of(thread), begin, end);
-      });
-  merge_moments(tiling, moments.data(), in.count, mean, variance);
 }
 
 std::tuple<Tensor, Tensor> channel_statistics(
@@ -76,7 +45,7 @@ Tensor channel_statistics_backward(
   const int64_t count = mean.numel();
   check_slice(maps_, first, count);
   for (const Tensor* each : {&grad_mean, &grad_variance, &mean}) {
-    check_statistics(*each, count);
+    check_per_channel(*each, count);
   }
   const MemoryFormat format = memory_format_of(maps_);
   const Tensor maps = in_format(maps_, format);
@@ -137,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_conv1x1(
   Tensor mean = empty_float(maps, {given ? 0 : plan.inputs});
   Tensor variance = empty_float(maps, {given ? 0 : plan.inputs});
   if (given) {
-    check_statistics(*given_mean, plan.inputs);
-    check_statistics(given_variance.value(), plan.inputs);
+    check_per_channel(*given_mean, plan.inputs);
+    check_per_channel(given_variance.value(), plan.inputs);
   } else {
     take_moments(
         in,
@@ -187,8 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_conv1x1_backward(
       norm_biases{norm_bias};
   check_norms(norm_weights, weights);
   check_norms(norm_biases, weights);
-  check_statistics(mean, plan.inputs);
-  check_statistics(variance, plan.inputs);
+  check_per_channel(mean, plan.inputs);
+  check_per_channel(variance, plan.inputs);
   const MemoryFormat format = memory_format_of(maps_);
   const Tensor maps = in_format(maps_, format);
   const Tensor grad_out = in_format(grad_out_, format);

@@ -45,11 +45,11 @@ DLKERNELS_INLINE void sum_planes(
   int64_t plane = 0;
   for (; size <= kSmall && plane + 4 <= planes; plane += 4) {
     Vec total[4] = {};
-    for_each_vec(size, [&](int64_t i, auto lanes) {
-      for (int64_t p = 0; p < 4; ++p) {
+    for (int64_t p = 0; p < 4; ++p) {
+      for_each_vec(size, [&](int64_t i, auto lanes) {
         total[p] += value(plane + p, i, lanes);
-      }
-    });
+      });
+    }
     const Quad four = sums_of(total[0], total[1], total[2], total[3]);
     __builtin_memcpy(sums + plane, &four, sizeof(four));
   }
@@ -124,7 +124,7 @@ DLKERNELS_INLINE void add_row(int64_t size, float* total, const Value& value) {
 template <typename Value>
 DLKERNELS_INLINE void sum_columns(
     int64_t rows, int64_t columns, float* sums, const Value& value) {
-  constexpr int64_t kStretch = 512;
+  constexpr int64_t kStretch = 2048;
   constexpr int64_t kBlock = 32;
   const auto clear = [](float* total, int64_t width) {
     for_each_vec(

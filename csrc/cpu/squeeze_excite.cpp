@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -12,15 +14,32 @@ int64_t element_size(const Tensor& tensor) {
   return static_cast<int64_t>(tensor.element_size());
 }
 
+// The cache that a core has to itself.
+int64_t core_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const int64_t known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const int64_t known = 0;
+#endif
+    return known > 0 ? known : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
 // A batch of maps, cut into groups of samples that stay in cache between the
 // pass that reduces them and the pass that scales them. Each thread works
-// through groups of its own. Samples that are left over when all threads have
-// the same number, and those too large for one thread's cache, are divided
-// among the threads.
+// through groups of its own: of samples that fit its core's cache, else of some
+// that its share of the cache for all cores holds. Samples that are left over
+// when all threads have the same number are divided among the threads, and all
+// are where only that makes them fit the cores' caches, and where threads that
+// wait for each other after every pass cost little beside it.
 class Batch {
  public:
-  // What a thread keeps in cache, about.
-  static constexpr int64_t kCacheBytes = 3 << 19;
+  // A thread's share of the cache for all cores, about.
+  static constexpr int64_t kSharedCacheBytes = 4 << 20;
+  // A pass over less is too short for threads to wait for each other.
+  static constexpr int64_t kMinPartBytes = 3 << 18;
   // Results of that size are not found in cache by whoever reads them next.
   static constexpr int64_t kStreamedBytes = 16 << 20;
   // Cache lines that are streamed in part are slow: many of a short run's are.
@@ -44,7 +63,9 @@ class Batch {
     maps_.streamed =
         samples_ * bytes_ >= kStreamedBytes &&
         (run_bytes % kLineBytes == 0 || run_bytes >= kLongRunBytes);
-    const int64_t group_bytes = std::max(kCacheBytes, weight_bytes);
+    const int64_t cache_bytes =
+        bytes_ <= core_cache_bytes() ? core_cache_bytes() : kSharedCacheBytes;
+    const int64_t group_bytes = std::max(cache_bytes, weight_bytes);
     const int64_t fitting =
         std::max<int64_t>(1, group_bytes / std::max<int64_t>(1, bytes_));
     const int64_t groups =
@@ -98,7 +119,10 @@ class Batch {
  private:
   // How many whole samples a thread gets.
   int64_t per_thread() const {
-    return bytes_ / threads_ < kCacheBytes / 2 ? samples_ / threads_ : 0;
+    const int64_t part = bytes_ / threads_;
+    const bool is_divided = bytes_ > core_cache_bytes() &&
+                            part >= kMinPartBytes && part <= core_cache_bytes();
+    return is_divided ? 0 : samples_ / threads_;
   }
 
   int64_t threads_;

@@ -10,6 +10,8 @@ rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -124,13 +126,18 @@ def statistics_kernel(
     splits,
     stretch,
     group,
+    buffer,
     CHANNELS_LAST: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_A: tl.constexpr,
 ):
-    """partial[row] = mean of the row less the channel's first value, and squared deviations."""
-    stride_c, stride_a, channels, area = strides_of_maps(channels, area, CHANNELS_LAST, ALIGNMENT)
+    """partial[row] = mean of the row less the channel's first value, and squared deviations.
+
+    x is where the channels begin in maps of ``buffer`` channels.
+    """
+    _, _, channels, _ = strides_of_maps(channels, area, CHANNELS_LAST, ALIGNMENT)
+    stride_c, stride_a, buffer, area = strides_of_maps(buffer, area, CHANNELS_LAST, ALIGNMENT)
     blocks = tl.cdiv(channels, BLOCK_C)
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
@@ -145,7 +152,7 @@ def statistics_kernel(
         a = row % splits * stretch + step % steps * BLOCK_A + tl.arange(0, BLOCK_A)
         inside = (a < area) & (sample < samples)
         mask = (c < channels)[:, None] & inside[None, :]
-        offsets = sample * channels * area + c[:, None] * stride_c + a[None, :] * stride_a
+        offsets = sample * buffer * area + c[:, None] * stride_c + a[None, :] * stride_a
         value = tl.load(x + offsets, mask, other=0).to(tl.float32) - origin[:, None]
         count += inside[None, :].to(tl.float32)
         deviation = tl.where(mask, value - mean, 0.0)
@@ -503,19 +510,30 @@ def combine_statistics(
     return mean, var
 
 
-def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of maps in one of the two layouts."""
-    tiles = MapTiles(x)
+def batch_statistics(x: Tensor, first: int = 0, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of maps in one of the two layouts, or of some of their channels.
+
+    Args:
+        x: the maps.
+        first: the first of the channels.
+        count: how many channels; None for all from ``first`` on.
+    """
+    samples, buffer, *size = x.shape
+    tiles = MapTiles(x, (samples, buffer - first if count is None else count, *size))
     rows = Rows(tiles)
+    options = dict(tiles.options)
+    if options["CHANNELS_LAST"]:
+        options["ALIGNMENT"] = math.gcd(options["ALIGNMENT"], buffer)
+    part = x[:, first:]
     partial = x.new_empty((rows.count, 2, tiles.channels), dtype=torch.float32)
     launch(
         statistics_kernel,
         rows.count * tiles.c_blocks,
-        *(x, partial, *rows.extents),
-        **tiles.options,
+        *(part, partial, *rows.extents, buffer),
+        **options,
     )
-    stride_c = 1 if tiles.options["CHANNELS_LAST"] else tiles.area
-    origin = x if x.numel() else None
+    stride_c = 1 if options["CHANNELS_LAST"] else tiles.area
+    origin = part if part.numel() else None
     return combine_statistics(origin, partial, rows.count, rows.extents, stride_c)
 
 

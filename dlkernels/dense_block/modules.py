@@ -147,15 +147,15 @@ class Transition(nn.Module):
         """Maps [N, C, H, W] to [N, num_output_features, H // 2, W // 2]."""
         if is_synchronized(self.norm):
             return F.conv2d(F.avg_pool2d(F.relu(apply_norm(self.norm, x)), 2), self.conv.weight)
-        training = _uses_batch(self.norm)
-        momentum = _count_batch([self.norm], self.norm.momentum)
-        return transition(
+        out = transition(
             x,
             _norm_conv(self.norm, self.conv),
-            training=training,
-            momentum=momentum,
+            training=_uses_batch(self.norm),
+            momentum=_momentum([self.norm]),
             eps=self.norm.eps,
         )
+        _count_batch([self.norm])
+        return out
 
 
 def _pairs(layer: Any) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
@@ -174,19 +174,21 @@ def _run(layers: Sequence[Any], x: Tensor, memory: str) -> Tensor:
     dropouts = {(layer.drop_rate, layer.training or layer.drop_rate == 0) for layer in layers}
     if len(modes) > 1 or len(dropouts) > 1 or any(norm.weight is None for norm in norms):
         return _run_plain(layers, x)
-    ((training, momentum, eps),) = modes
+    ((training, _, eps),) = modes
     ((drop_rate, drops),) = dropouts
     if drop_rate > 0 and drops != training:
         return _run_plain(layers, x)
-    return dense_block(
+    out = dense_block(
         x,
         [[_norm_conv(norm, conv) for norm, conv in _pairs(layer)] for layer in layers],
         training=training,
-        momentum=_count_batch(norms, momentum),
+        momentum=_momentum(norms),
         eps=eps,
         dropout=drop_rate if training else 0.0,
         memory=memory,
     )
+    _count_batch(norms)
+    return out
 
 
 def _uses_batch(norm: nn.BatchNorm2d) -> bool:
@@ -201,18 +203,27 @@ def _norm_conv(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> NormConv:
     return NormConv(norm.weight, norm.bias, mean, variance, conv.weight)
 
 
-def _count_batch(norms: Sequence[nn.BatchNorm2d], momentum: float | None) -> float:
-    """Counts the batch, as nn.BatchNorm2d does, and returns the factor of its statistics."""
-    counters = [
+def _counters(norms: Sequence[nn.BatchNorm2d]) -> list[Tensor]:
+    return [
         norm.num_batches_tracked
         for norm in norms
         if norm.training and norm.num_batches_tracked is not None
     ]
-    if counters:
-        torch._foreach_add_(counters, 1)
+
+
+def _momentum(norms: Sequence[nn.BatchNorm2d]) -> float:
+    """The factor of the batch's statistics: the norms' momentum; without one, of a plain mean."""
+    momentum, counters = norms[0].momentum, _counters(norms)
     if momentum is not None:
         return momentum
-    return 1.0 / float(counters[0]) if counters else 0.0
+    return 1.0 / (float(counters[0]) + 1.0) if counters else 0.0
+
+
+def _count_batch(norms: Sequence[nn.BatchNorm2d]) -> None:
+    """Counts the batch, as nn.BatchNorm2d does."""
+    counters = _counters(norms)
+    if counters:
+        torch._foreach_add_(counters, 1)
 
 
 def _run_plain(layers: Sequence[Any], x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def dense_block(
     are updated in place as ``torch.nn.functional.batch_norm`` does. float32, bfloat16 and float16
     run in the fused kernels with float32 accumulation, float64 in the reference formula. Contiguous
     and channels_last maps are both read as they are; the result has the memory format of ``x``.
+    On CUDA the 3x3 convolutions are cuDNN's, which repeats its bits only under
+    ``torch.backends.cudnn.deterministic``.
     Under autocast the maps and convolutions are cast to the autocast dtype, the norms stay float32.
 
     Saved for backward: the result itself; mean and variance of each of its channels and of each
@@ -172,6 +174,14 @@ def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], trainin
             raise ValueError(
                 f"{name}.{field} must be on the device of x, {x.device}, but is on {value.device}"
             )
+
+
+def channels_of_conv1x1(name: str, weight: Tensor) -> tuple[int, int]:
+    """Outputs and inputs of the weight of a 1x1 convolution, if it has four dimensions."""
+    check_tensor(name, weight)
+    if weight.dim() != 4:
+        raise ValueError(f"{name} must have shape [out, in, 1, 1], but has {list(weight.shape)}")
+    return weight.shape[0], weight.shape[1]
 
 
 def check_batch(name: str, maps: Tensor) -> None:
@@ -362,6 +372,7 @@ _OP = backend.define(
     "Tensor[] variances, Tensor? kept, float dropout, float eps, bool save_bottlenecks) "
     "-> (Tensor out, Tensor bottlenecks, Tensor mean, Tensor variance)",
     _fake,
+    "dlkernels.dense_block.triton",
 )
 _BACKWARD_OP = backend.define(
     "dense_block_backward",
@@ -371,6 +382,7 @@ _BACKWARD_OP = backend.define(
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor[] grad_norm_weights, "
     "Tensor[] grad_norm_biases)",
     _fake_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("dense_block", _backward, _setup_context)
 backend.register_autocast("dense_block", ("x", "weights"))

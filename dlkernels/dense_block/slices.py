@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.checks import check_maps, check_tensor
+from dlkernels.checks import check_maps
 from dlkernels.dense_block import reference
 from dlkernels.dense_block.op import (
     NormConv,
     cast_norms,
     cast_to_autocast,
+    channels_of_conv1x1,
     check_batch,
     check_stage,
     update_running,
@@ -95,12 +96,7 @@ def bn_relu_conv1x1(
             statistics of.
     """
     check_maps("maps", maps)
-    check_tensor("layer.weight", layer.weight)
-    if layer.weight.dim() != 4:
-        raise ValueError(
-            f"layer.weight must have shape [out, in, 1, 1], but has {list(layer.weight.shape)}"
-        )
-    out, count = layer.weight.shape[:2]
+    out, count = channels_of_conv1x1("layer.weight", layer.weight)
     _check_slice(maps, first, count)
     check_stage("layer", layer, maps, [out, count, 1, 1], training)
     if training:
@@ -203,11 +199,13 @@ _STATISTICS = backend.define(
     "channel_statistics",
     "(Tensor maps, int first, int count) -> (Tensor mean, Tensor variance)",
     _fake_statistics,
+    "dlkernels.dense_block.triton",
 )
 _STATISTICS_BACKWARD = backend.define(
     "channel_statistics_backward",
     "(Tensor grad_mean, Tensor grad_variance, Tensor maps, Tensor mean, int first) -> Tensor",
     _fake_statistics_backward,
+    "dlkernels.dense_block.triton",
 )
 _CONV = backend.define(
     "bn_relu_conv1x1",
@@ -215,6 +213,7 @@ _CONV = backend.define(
     "Tensor? variance, int first, float eps) "
     "-> (Tensor out, Tensor batch_mean, Tensor batch_variance)",
     _fake_conv,
+    "dlkernels.dense_block.triton",
 )
 _CONV_BACKWARD = backend.define(
     "bn_relu_conv1x1_backward",
@@ -222,6 +221,7 @@ _CONV_BACKWARD = backend.define(
     "Tensor mean, Tensor variance, int first, float eps, bool batch_statistics) "
     "-> (Tensor grad_maps, Tensor grad_weight, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     _fake_conv_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("channel_statistics", _statistics_backward, _setup_statistics)
 backend.register_autograd("bn_relu_conv1x1", _conv_backward, _setup_conv)

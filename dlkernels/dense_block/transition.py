@@ -15,6 +15,7 @@ from dlkernels.dense_block.op import (
     NormConv,
     cast_norms,
     cast_to_autocast,
+    channels_of_conv1x1,
     check_batch,
     check_stage,
     update_running,
@@ -67,7 +68,8 @@ def transition(
     """
     check_maps("x", x)
     channels = x.shape[1]
-    check_stage("layer", layer, x, [layer.weight.shape[0], channels, 1, 1], training)
+    out, _ = channels_of_conv1x1("layer.weight", layer.weight)
+    check_stage("layer", layer, x, [out, channels, 1, 1], training)
     if min(x.shape[2:]) < 2:
         raise ValueError(f"x must be at least 2x2, but has shape {list(x.shape)}")
     if training:
@@ -140,6 +142,7 @@ _OP = backend.define(
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor? mean, Tensor? variance, float eps) "
     "-> (Tensor out, Tensor batch_mean, Tensor batch_variance)",
     _fake,
+    "dlkernels.dense_block.triton",
 )
 _BACKWARD_OP = backend.define(
     "norm_relu_pool_backward",
@@ -147,6 +150,7 @@ _BACKWARD_OP = backend.define(
     "Tensor variance, float eps, bool batch_statistics) "
     "-> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias)",
     _fake_backward,
+    "dlkernels.dense_block.triton",
 )
 backend.register_autograd("norm_relu_pool", _backward, _setup_context)
 backend.register_autocast("norm_relu_pool", ("x",))

@@ -82,6 +82,20 @@ def test_transition_of_too_small_maps():
         ops.transition(torch.randn(4, 6, 1, 3), make_layers(SMALL)[0][0], training=True)
 
 
+@pytest.mark.parametrize(
+    ("weight", "error", "message"),
+    [
+        (None, TypeError, "layer.weight must be a tensor, but is NoneType"),
+        (torch.randn(8), ValueError, r"layer.weight must have shape \[out, in, 1, 1\].*\[8\]"),
+        (torch.randn(8, 7, 1, 1), ValueError, r"layer.weight .*\[8, 6, 1, 1\].*7"),
+    ],
+)
+def test_transition_of_other_weights(weight, error, message):
+    stage = make_layers(SMALL)[0][0]._replace(weight=weight)
+    with pytest.raises(error, match=message):
+        ops.transition(make_maps(SMALL), stage, training=True)
+
+
 def test_modules():
     with pytest.raises(ValueError, match="memory must be one of"):
         nn.DenseBlock(2, 6, 4, 4, memory="none")

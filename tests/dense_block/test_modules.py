@@ -5,7 +5,8 @@ import timm.models.densenet as timm_densenet
 import torch
 import torchvision.models.densenet as torchvision_densenet
 
-from dlkernels import nn
+from dlkernels import nn, ops
+from tests.dense_block.cases import Shape, make_layers
 from tests.numbers import assert_exact, relative_error
 
 BLOCKS = {
@@ -91,6 +92,14 @@ def test_running_statistics_of_ten_steps(momentum):
             assert_exact(name, a, b, 400)
 
 
+@pytest.mark.parametrize("module", [nn.DenseBlock(2, 8, 4, 4), nn.Transition(8, 4)])
+def test_a_refused_batch_changes_nothing(module):
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match="must have shape"):
+        module(torch.randn(3, 7, 6, 5))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_norms_without_running_statistics():
     ours = nn.DenseBlock(2, 8, 4, 4)
     for module in ours.modules():
@@ -129,9 +138,23 @@ def test_compiled():
     assert block.denselayer1.norm1.num_batches_tracked.item() == 1
 
 
+class Slices(torch.nn.Module):
+    """The ops on slices, as a module."""
+
+    def __init__(self):
+        super().__init__()
+        ((self.layer, _),) = make_layers(Shape(2, 4, 3, 3, 1, 1, 5))
+
+    def forward(self, x):
+        mean, variance = ops.channel_statistics(x, 1, 5)
+        out = ops.bn_relu_conv1x1(x, self.layer, first=2, training=False)
+        return (out - mean[:, None, None]) / (variance[:, None, None] + 1).sqrt()
+
+
 def test_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    module = torch.nn.Sequential(nn.DenseBlock(2, 8, 4, 4), nn.Transition(16, 6)).eval()
+    block = nn.DenseBlock(2, 8, 4, 4)
+    module = torch.nn.Sequential(block, nn.Transition(16, 6), Slices()).eval()
     x = torch.randn(2, 8, 6, 6)
     path = tmp_path / "dense.onnx"
     torch.onnx.export(module, (x,), path, input_names=["x"], verbose=False)

@@ -14,7 +14,7 @@ from tests.dense_block.cases import (
     make_maps,
     running_of,
 )
-from tests.numbers import FORMATS, assert_exact, relative_error, tolerance
+from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error, tolerance
 
 
 def run(x, layers, grad, dtype=None, **options):
@@ -74,7 +74,7 @@ def test_sixteen_bits(shape, dtype, memory_format):
 
     ratios = errors(grads) / errors(eager_grads).clamp_min(1e-6)
     assert ratios.median() <= 1.2
-    assert ratios.max() <= 4
+    assert ratios.max() <= 2
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -185,15 +185,11 @@ def test_gradcheck_of_float64(training):
     assert torch.autograd.gradcheck(block, (x, *leaves))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [(2, 2), (7, 5), (12, 14), (3, 150)])
-def test_transition(size, dtype, memory_format, training):
-    shape = Shape(2, 140, *size, 1, 20, 8)
+def run_transition(shape, dtype, memory_format, training):
+    """Results by name of a transition to ``shape.width`` channels, ours and in float64."""
     x = make_maps(shape, dtype, memory_format)
     ((stage, _),) = make_layers(shape, dtype, shift=2.0 if dtype == torch.float32 else 6.0)
-    grad = torch.randn(2, 8, size[0] // 2, size[1] // 2).to(dtype)
+    grad = torch.randn(shape.n, shape.width, shape.h // 2, shape.w // 2).to(dtype)
 
     def transition(leaf_dtype, norm_dtype):
         leaf = x.detach().to(leaf_dtype).clone().requires_grad_()
@@ -203,7 +199,15 @@ def test_transition(size, dtype, memory_format, training):
         running = running_of([[layer]])
         return {"out": out, "x": leaf.grad, **gradients_of([[layer]]), **running}
 
-    ours, wanted = transition(dtype, None), transition(torch.float64, torch.float64)
+    return transition(dtype, None), transition(torch.float64, torch.float64)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(2, 2), (7, 5), (12, 14), (3, 150)])
+def test_transition(size, dtype, memory_format, training):
+    ours, wanted = run_transition(Shape(2, 140, *size, 1, 20, 8), dtype, memory_format, training)
     assert ours["out"].is_contiguous(memory_format=memory_format)
     limit = tolerance(dtype, 2 * size[0] * size[1] + 140)
     for name, value in ours.items():

@@ -26,7 +26,7 @@ class MachineCode:
         registers: per thread.
         shared: bytes of shared memory per program.
         spills: accesses to local memory, where registers are spilled to.
-        widths: bits of every load from and store to global memory.
+        widths: bits of every load from and store to global memory; LDGSTS loads to shared memory.
     """
 
     registers: int
@@ -77,7 +77,7 @@ def read_cubin(cubin: bytes) -> dict[str, MachineCode]:
 
 
 def _machine_code(assembly: str, registers: int, shared: int) -> MachineCode:
-    accesses = re.findall(r"\b(?:LDG|STG)(\.[A-Z0-9_.]+)?", assembly)
+    accesses = re.findall(r"\b(?:LDG|LDGSTS|STG)\b(\.[A-Z0-9_.]+)?", assembly)
     spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
     return MachineCode(registers, shared, spills, [_width(suffix) for suffix in accesses])
 

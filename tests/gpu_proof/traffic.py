@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 SECTOR = 32
 
@@ -22,11 +22,14 @@ class Traffic:
         loaded: bytes that unmasked lanes asked for.
         stored: bytes that unmasked lanes wrote.
         sectors: bytes of the distinct 32-byte sectors behind each access: what the memory moves.
+        memory: bytes of the distinct sectors that each launch loads, and of those that it stores:
+            what the memory moves if all that a launch reads again is still in the L2 cache.
     """
 
     loaded: int = 0
     stored: int = 0
     sectors: int = 0
+    memory: int = 0
     atomics: int = field(default=0)
 
     @property
@@ -39,23 +42,32 @@ def count_traffic() -> Iterator[Traffic]:
     """Counts what kernels run in the ``with`` block load and store."""
     traffic = Traffic()
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    atomic = InterpreterBuilder.create_atomic_rmw
+    atomic, run = InterpreterBuilder.create_atomic_rmw, GridExecutor.__call__
+    read: set[int] = set()
+    written: set[int] = set()
 
     def counted_load(builder: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
         traffic.loaded += _bytes(ptrs, mask)
-        traffic.sectors += _sector_bytes(ptrs, mask)
+        traffic.sectors += _add_sectors(ptrs, mask, read)
         return load(builder, ptrs, mask, *args)
 
     def counted_store(builder: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
         traffic.stored += _bytes(ptrs, mask)
-        traffic.sectors += _sector_bytes(ptrs, mask)
+        traffic.sectors += _add_sectors(ptrs, mask, written)
         return store(builder, ptrs, value, mask, *args)
 
     def counted_atomic(builder: Any, *args: Any) -> Any:
         traffic.atomics += 1
         return atomic(builder, *args)
 
+    def counted_run(executor: Any, *args: Any, **kwargs: Any) -> None:
+        run(executor, *args, **kwargs)
+        traffic.memory += SECTOR * (len(read) + len(written))
+        read.clear()
+        written.clear()
+
     with (
+        mock.patch.object(GridExecutor, "__call__", counted_run),
         mock.patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         mock.patch.object(InterpreterBuilder, "create_masked_store", counted_store),
         mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_atomic),
@@ -71,6 +83,9 @@ def _bytes(ptrs: Any, mask: Any) -> int:
     return int(np.count_nonzero(mask.data)) * _item_size(ptrs)
 
 
-def _sector_bytes(ptrs: Any, mask: Any) -> int:
+def _add_sectors(ptrs: Any, mask: Any, launch: set[int]) -> int:
+    """Adds the sectors of an access to those of its launch; returns their bytes."""
     addresses = np.asarray(ptrs.data)[np.asarray(mask.data, dtype=bool)]
-    return SECTOR * np.unique(addresses // SECTOR).size
+    sectors = np.unique(addresses // SECTOR)
+    launch.update(sectors.tolist())
+    return SECTOR * sectors.size

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 import sysconfig
+import venv
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,11 +37,14 @@ def without_source_tree() -> dict[str, str]:
 
 
 class Environment:
-    """A new virtual environment that finds torch, and whatever else is installed here."""
+    """A new virtual environment that finds torch, and whatever else is installed here.
+
+    The pip of the environment that runs the tests installs into it.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        venv.create(folder, symlinks=True)
         self.python = folder / "bin" / "python"
         packages = next(folder.glob("lib/python*/site-packages"))
         outer = Path(sysconfig.get_path("purelib"))
@@ -55,18 +61,47 @@ class Environment:
             text=True,
         )
 
+    def try_to_install(
+        self, *arguments: object, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return self.run("-m", "pip", "install", "--no-deps", *arguments, **environment)
+
     def install(self, *arguments: object, **environment: str) -> None:
-        result = self.run("-m", "pip", "install", "--no-deps", *arguments, **environment)
+        result = self.try_to_install(*arguments, **environment)
         assert result.returncode == 0, result.stderr
 
 
+@pytest.fixture(scope="session")
+def built(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the wheel of a variant; each is built once."""
+
+    @cache
+    def build(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        # The architectures and the folder of the build in the tree: nothing is compiled twice.
+        return build_wheel(VARIANTS[name], folder, ROOT / "build", "8.0;9.0;10.0+PTX")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def new_environment(tmp_path_factory) -> Callable[[], Environment]:
+    return lambda: Environment(tmp_path_factory.mktemp("venv") / "venv")
+
+
 @pytest.fixture(scope="session", params=possible_variants())
-def wheel(request, tmp_path_factory) -> Path:
-    # The architectures and the folder of the build in the tree: nothing is compiled twice.
-    folder = tmp_path_factory.mktemp(request.param)
-    return build_wheel(VARIANTS[request.param], folder, ROOT / "build", "8.0;9.0;10.0+PTX")
+def wheel(request, built) -> Path:
+    return built(request.param)
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, new_environment) -> Environment:
+    """An environment that holds the wheel."""
+    environment = new_environment()
+    environment.install(wheel)
+    return environment
 
 
 @pytest.fixture
-def environment(tmp_path) -> Environment:
-    return Environment(tmp_path / "venv")
+def environment(new_environment) -> Environment:
+    return new_environment()

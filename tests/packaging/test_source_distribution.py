@@ -5,8 +5,10 @@ import sys
 import tarfile
 
 import pytest
+import torch
 
 from tests.packaging.conftest import ROOT, without_source_tree
+from tests.test_cuda_toolkit import fake_toolkit
 
 PURE = """
 import warnings, torch
@@ -63,11 +65,34 @@ def test_without_a_compiler_it_is_pure_python(source, environment, path_without_
     assert "no C++ compiler" in environment.run("-m", "dlkernels", "info").stdout
 
 
-def test_a_forced_build_without_a_compiler_fails(source, environment, path_without_compilers):
-    result = environment.run(
-        *("-m", "pip", "install", "--no-deps", source),
-        PATH=path_without_compilers,
-        DLKERNELS_FORCE_BUILD="1",
+@pytest.mark.parametrize("demand", ["DLKERNELS_FORCE_BUILD", "DLKERNELS_CUDA"])
+def test_a_demanded_build_without_a_compiler_fails(
+    source, environment, path_without_compilers, demand
+):
+    result = environment.try_to_install(
+        "--no-build-isolation", source, **{"PATH": path_without_compilers, demand: "1"}
     )
     assert result.returncode != 0
-    assert "compiling the kernels failed" in result.stdout + result.stderr
+    shown = result.stdout + result.stderr
+    messages = ["compiling the kernels failed", "DLKERNELS_CUDA=1, but"]
+    assert any(f"dlkernels: {message}" in shown for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("home", "message"),
+    [
+        ("nothing", "nothing is no CUDA toolkit (bin/nvcc or include/cuda_runtime.h is missing)"),
+        ("cuda11", "cuda11 is CUDA 11.8, but torch was built for CUDA"),
+    ],
+)
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a torch that was built for CUDA")
+def test_a_wrong_cuda_home_ends_in_one_message(home, message, source, environment, tmp_path):
+    fake_toolkit(tmp_path / "cuda11", "11.8")
+    result = environment.try_to_install(
+        "--no-build-isolation", source, CUDA_HOME=str(tmp_path / home)
+    )
+    assert result.returncode != 0
+    shown = result.stdout + result.stderr
+    assert message in shown
+    assert "set CUDA_HOME to" in shown
+    assert "Traceback" not in shown

@@ -25,6 +25,13 @@ print(json.dumps({
 }))
 """
 
+OTHER_CUDA = """
+import torch
+torch.version.cuda = "11.8"
+from dlkernels.cli import info_text
+print(info_text())
+"""
+
 SNIPPET = """
 import torch
 import dlkernels
@@ -69,22 +76,37 @@ def test_policy(wheel):
     assert "libgomp" not in shown, "a second OpenMP"
 
 
-def test_installed_outside_the_source_tree(wheel, environment):
-    environment.install(wheel)
-    result = environment.run("-c", SMOKE_TEST)
+def test_installed_outside_the_source_tree(wheel, installed):
+    result = installed.run("-c", SMOKE_TEST)
     assert result.returncode == 0, result.stderr
-    assert str(environment.folder) in result.stdout
+    assert str(installed.folder) in result.stdout
     printed = json.loads(result.stdout)
     assert printed["serves"] == "cpp"
     assert printed["error"] < 1e-6
     assert bool(printed["archs"]) == is_for_cuda(wheel)
     if not is_for_cuda(wheel):
         assert "DLKERNELS_CUDA=0" in printed["table"]["cuda"]
-    assert "cpp" in environment.run("-m", "dlkernels", "info").stdout
 
 
-def test_type_hints_of_a_users_code(wheel, environment):
-    environment.install(wheel)
+def test_info_says_why_cuda_is_not_there(wheel, installed):
+    shown = installed.run("-c", OTHER_CUDA).stdout
+    assert "cpp" in shown
+    if is_for_cuda(wheel):
+        assert "but torch 2." in shown
+        assert "uses CUDA 11.8; install the dlkernels built for CUDA 11.8" in shown
+    else:
+        assert "DLKERNELS_CUDA=0" in shown
+
+
+def test_another_torch_than_it_needs(installed):
+    result = installed.run("-c", "import torch; torch.__version__ = '2.9.1'; import dlkernels")
+    assert result.returncode != 0
+    assert "ImportError: dlkernels was built for torch 2." in result.stderr
+    assert "needs torch>=2.13, but torch 2.9.1 is installed. Upgrade torch" in result.stderr
+
+
+def test_type_hints_of_a_users_code(built, environment):
+    environment.install(built("cpu"))
     (environment.folder / "snippet.py").write_text(SNIPPET)
     result = environment.run("-m", "mypy", "--strict", "snippet.py")
     assert "Success" in result.stdout, result.stdout

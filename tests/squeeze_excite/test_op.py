@@ -1,5 +1,7 @@
 """What PyTorch needs of the op: opcheck, compile, export, autocast, saved tensors."""
 
+import math
+
 import pytest
 import torch
 
@@ -86,6 +88,7 @@ def test_saved_for_backward(output_activation):
         assert any(t.data_ptr() == out.data_ptr() for t in activations)
         expected.append((n, c, h, w))
     assert sorted(tuple(t.shape) for t in activations) == sorted(expected)
+    assert sum(t.nbytes for t in activations) == 4 * sum(map(math.prod, expected))
     assert any(t.data_ptr() == leaves[0].data_ptr() for t in activations)
 
 

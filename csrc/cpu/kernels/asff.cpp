@@ -214,7 +214,7 @@ class RowResizer {
   // as many copies of that row.
   void enlarge(float* row, int64_t width, int64_t copies, float* wide) const {
     if (!bilinear_) {
-      const IntVec cell = indices(cell_);
+      const IntVec cell = cells();
       for (int64_t copy = 0; copy < copies; ++copy) {
         for (int64_t x = 0; x < width; x += kVecSize) {
           store(
@@ -237,6 +237,11 @@ class RowResizer {
       const Vec second = permute(value, indices(second_ + phase));
       store(wide + x, (1.0f - share) * first + share * second);
     }
+  }
+
+  // Which cells the positions of a vector read, counted from that of the first.
+  IntVec cells() const {
+    return indices(cell_);
   }
 
   // The adjoint of enlarge; `columns` are three rows of scratch memory.
@@ -333,6 +338,9 @@ DLKERNELS_INLINE const float* as_floats(
 template <int64_t n>
 struct Count {
   static constexpr int64_t value = n;
+  constexpr operator int64_t() const {
+    return n;
+  }
 };
 
 // Works on planes [height, width] of the output, one or kPlanes at a time.
@@ -390,6 +398,51 @@ class Planes {
         }
       });
     });
+  }
+
+  // The same, nearest, straight from the levels: a vector of an enlarged row is
+  // a vector of the level, permuted. Rows must be a vector wide, and a vector
+  // may be read from every cell on.
+  template <int64_t kLevels, int64_t kCount>
+  void fuse_nearest(
+      Count<kLevels>, Count<kCount>, int64_t plane, T* out) const {
+    const int64_t width = pyramid_.width;
+    IntVec cells[kLevels];
+    int64_t shifts[kLevels];
+    for (int64_t l = 0; l < kLevels; ++l) {
+      cells[l] = resizers_[l].cells();
+      shifts[l] = __builtin_ctzll(pyramid_.levels[l].factor);
+    }
+    for (int64_t y = 0; y < pyramid_.height; ++y) {
+      const T* rows[kLevels][kCount];
+      for (int64_t l = 0; l < kLevels; ++l) {
+        for (int64_t p = 0; p < kCount; ++p) {
+          rows[l][p] =
+              static_cast<const T*>(pyramid_.levels[l].x) +
+              ((plane + p) * height_of(l) + (y >> shifts[l])) * width_of(l);
+        }
+      }
+      const float* weights = weights_of(plane) + y * width;
+      T* to = out + plane * area_ + y * width;
+      const auto fuse_at = [&](int64_t x) {
+        Vec total[kCount] = {};
+        for (int64_t l = 0; l < kLevels; ++l) {
+          const Vec weight = load(weights + l * area_ + x);
+          const int64_t cell = x >> shifts[l];
+          for (int64_t p = 0; p < kCount; ++p) {
+            total[p] += weight * permute(load(rows[l][p] + cell), cells[l]);
+          }
+        }
+        for (int64_t p = 0; p < kCount; ++p) {
+          store(to + p * area_ + x, total[p]);
+        }
+      };
+      for (int64_t x = 0; x + kVecSize < width; x += kVecSize) {
+        fuse_at(x);
+      }
+      // The last vector may overlap the one before; whole cells apart, though.
+      fuse_at(width - kVecSize);
+    }
   }
 
   // Writes the planes' gradients and adds to dots [levels, height, width].
@@ -623,9 +676,17 @@ void fuse_contiguous(
   dispatch(pyramid.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const Planes<T> planes(pyramid, weights, scratch);
+    const bool nearest = !pyramid.bilinear && pyramid.width >= kVecSize;
+    const int64_t cells =
+        pyramid.height * pyramid.width / (pyramid.coarsest * pyramid.coarsest);
     with_levels(pyramid.num_levels, [&](auto levels) {
       planes.for_each_group(begin, end, [&](int64_t plane, auto count) {
-        planes.fuse(levels, count, plane, static_cast<T*>(out));
+        const int64_t cells_behind = (end - plane - count.value) * cells;
+        if (nearest && cells_behind >= kVecSize) {
+          planes.fuse_nearest(levels, count, plane, static_cast<T*>(out));
+        } else {
+          planes.fuse(levels, count, plane, static_cast<T*>(out));
+        }
       });
     });
   });
@@ -692,8 +753,9 @@ mix(const Tap<T>* taps, int64_t count, int64_t c, Lanes lanes) {
   return total;
 }
 
-template <typename T>
-void mix_channels(const Tap<T>* taps, int64_t count, int64_t channels, T* out) {
+// `count` may be a Count.
+template <typename T, typename N>
+void mix_channels(const Tap<T>* taps, N count, int64_t channels, T* out) {
   constexpr int64_t kVecs = 4;
   int64_t c = 0;
   for (; c + kVecs * kVecSize <= channels; c += kVecs * kVecSize) {
@@ -722,6 +784,17 @@ class Pixels {
         area_(pyramid.height * pyramid.width),
         weights_(weights + sample * pyramid.num_levels * area_) {}
 
+  template <int64_t kLevels>
+  void fuse_row_nearest(Count<kLevels> levels, int64_t y, T* out) const {
+    Tap<T> taps[kLevels];
+    for (int64_t x = 0; x < pyramid_.width; ++x) {
+      for (int64_t l = 0; l < kLevels; ++l) {
+        taps_of(l, y, x, weight_of(l, y, x), taps + l);
+      }
+      mix_channels(taps, levels, pyramid_.channels, out + offset_of(y, x));
+    }
+  }
+
   void fuse_row(int64_t y, T* out) const {
     Tap<T> taps[kMaxTaps * kMaxLevels];
     for (int64_t x = 0; x < pyramid_.width; ++x) {
@@ -747,7 +820,7 @@ class Pixels {
         if (pyramid_.levels[l].factor == 1) {
           const Tap<T> tap = {grad, weight_of(l, y, x)};
           T* to = static_cast<T*>(pyramid_.levels[l].grad) + offset_of(y, x);
-          mix_channels(&tap, 1, pyramid_.channels, to);
+          mix_channels(&tap, Count<1>{}, pyramid_.channels, to);
         }
       }
     }
@@ -862,7 +935,14 @@ void fuse_channels_last(
     using T = std::remove_pointer_t<decltype(tag)>;
     for (int64_t item = begin; item < end; ++item) {
       const Pixels<T> pixels(pyramid, item / pyramid.height, weights);
-      pixels.fuse_row(item % pyramid.height, static_cast<T*>(out));
+      const int64_t y = item % pyramid.height;
+      if (pyramid.bilinear) {
+        pixels.fuse_row(y, static_cast<T*>(out));
+      } else {
+        with_levels(pyramid.num_levels, [&](auto levels) {
+          pixels.fuse_row_nearest(levels, y, static_cast<T*>(out));
+        });
+      }
     }
   });
 }

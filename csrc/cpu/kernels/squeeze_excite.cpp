@@ -273,25 +273,60 @@ void linear(const LinearArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// grad_in of kRows rows from the weights of kDepth output features, added to
+// what is there unless these are the first.
+template <int64_t kRows, int64_t kDepth, typename T>
+DLKERNELS_INLINE void add_products(
+    const LinearArgs& args,
+    const T* weight,
+    int64_t m,
+    int64_t j,
+    int64_t begin,
+    int64_t end) {
+  const float* grad = args.in + m * args.out_features + j;
+  float* out = args.out + m * args.in_features + begin;
+  weight += j * args.in_features + begin;
+  for_each_vec(end - begin, [&](int64_t k, auto lanes) {
+    Vec rows[kDepth];
+    for (int64_t d = 0; d < kDepth; ++d) {
+      rows[d] = load(weight + d * args.in_features + k, lanes);
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      float* to = out + r * args.in_features + k;
+      Vec total = j == 0 ? Vec{} : load(to, lanes);
+      for (int64_t d = 0; d < kDepth; ++d) {
+        total += grad[r * args.out_features + d] * rows[d];
+      }
+      store(to, total, lanes);
+    }
+  });
+}
+
+// Weights are read in order of memory.
 void linear_backward(const LinearArgs& args, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto* tag) {
     const auto* weight =
         static_cast<decltype(tag)>(const_cast<void*>(args.weight));
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kLinearBlock;
-      multiply(
-          args.rows,
-          block_size(args.in_features, first),
-          args.out_features,
-          [&](int64_t m, int64_t j) {
-            return args.in[m * args.out_features + j];
-          },
-          [&](int64_t j, int64_t k, auto lanes) {
-            return load(weight + j * args.in_features + first + k, lanes);
-          },
-          [&](int64_t m, int64_t k, Vec total, auto lanes) {
-            store(args.out + m * args.in_features + first + k, total, lanes);
-          });
+    const int64_t first = begin * kLinearBlock;
+    const int64_t stop = end * kLinearBlock < args.in_features
+                             ? end * kLinearBlock
+                             : args.in_features;
+    const auto strip = [&](auto height, int64_t m) {
+      constexpr int64_t kRows = decltype(height)::value;
+      int64_t j = 0;
+      for (; j + 4 <= args.out_features; j += 4) {
+        add_products<kRows, 4>(args, weight, m, j, first, stop);
+      }
+      for (; j < args.out_features; ++j) {
+        add_products<kRows, 1>(args, weight, m, j, first, stop);
+      }
+    };
+    int64_t m = 0;
+    for (; m + 4 <= args.rows; m += 4) {
+      strip(Constant<4>{}, m);
+    }
+    for (; m < args.rows; ++m) {
+      strip(Constant<1>{}, m);
     }
   });
 }

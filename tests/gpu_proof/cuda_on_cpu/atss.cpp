@@ -62,7 +62,7 @@ int main() {
   }
 
   std::string first;
-  for (const Order order : {Order::Forward, Order::Backward, Order::Shuffled}) {
+  for (const Order order : cuda_on_cpu::kOrders) {
     cuda_on_cpu::order = order;
     const Memory exclusions(items);
     const Memory claims(items * sizeof(uint64_t));

@@ -27,6 +27,10 @@
 #include <random>
 #include <vector>
 
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+#include "traffic.h"
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -38,6 +42,15 @@ struct alignas(16) uint4 {
 namespace cuda_on_cpu {
 
 enum class Order { Forward, Backward, Shuffled };
+
+// The orders of blocks and threads that programs try: one where they are
+// counted.
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+inline const std::vector<Order> kOrders{Order::Forward};
+#else
+inline const std::vector<Order> kOrders{
+    Order::Forward, Order::Backward, Order::Shuffled};
+#endif
 
 struct Dim {
   unsigned x = 1;
@@ -62,14 +75,25 @@ inline std::vector<int64_t> sequence(int64_t size, Order order) {
   return items;
 }
 
+enum class Space { Global, Shared };
+
 // Memory of an exact size that starts as NaN.
 class Memory {
  public:
-  explicit Memory(size_t bytes) : data_(std::malloc(bytes)) {
+  explicit Memory(size_t bytes, [[maybe_unused]] Space space = Space::Global)
+      : data_(std::malloc(bytes)) {
     std::memset(data_, 0xFF, bytes);
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+    if (space == Space::Global) {
+      count_accesses(data_, bytes);
+    }
+#endif
   }
   Memory(const Memory&) = delete;
   ~Memory() {
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+    stop_counting(data_);
+#endif
     std::free(data_);
   }
   void* data() const {
@@ -200,7 +224,7 @@ template <typename T>
 T* shared_array(int name, size_t size) {
   std::unique_ptr<Memory>& memory = block.shared[name];
   if (!memory) {
-    memory = std::make_unique<Memory>(size * sizeof(T));
+    memory = std::make_unique<Memory>(size * sizeof(T), Space::Shared);
   }
   return static_cast<T*>(memory->data());
 }
@@ -257,8 +281,14 @@ void launch(
   block.body = [=] { kernel(args...); };
   for (const int64_t index : sequence(blocks, order)) {
     block_index.x = static_cast<unsigned>(index);
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+    count_next_block();
+#endif
     block.run(static_cast<unsigned>(threads), order);
   }
+#if defined(DLKERNELS_COUNT_TRAFFIC)
+  report_traffic();
+#endif
 }
 
 inline void write_vector(uint4* to, uint4 bits) {

@@ -1,4 +1,4 @@
-"""Compiles CUDA kernels as C++ for the CPU and runs them, under AddressSanitizer."""
+"""Compiles CUDA kernels as C++ for the CPU and runs them, under AddressSanitizer or counted."""
 
 from __future__ import annotations
 
@@ -9,16 +9,22 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLAGS = [
     *("-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"),
-    *("-mf16c", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    *("-x", "c++", "-DDLKERNELS_CUDA_ON_CPU", f"-I{HERE}"),
+    *("-mf16c", "-x", "c++", "-DDLKERNELS_CUDA_ON_CPU", f"-I{HERE}"),
+]
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# Each access calls a function of traffic.h.
+COUNTED = [
+    *("-DDLKERNELS_COUNT_TRAFFIC", "-fsanitize=kernel-address"),
+    *("--param", "asan-instrumentation-with-call-threshold=0"),
+    *("--param", "asan-stack=0", "--param", "asan-globals=0"),
 ]
 
 
-def compile_program(name: str, folder: Path) -> Path:
+def compile_program(name: str, folder: Path, extra: list[str] = SANITIZED) -> Path:
     """The program ``<name>.cpp`` of this folder, compiled into ``folder``."""
     program = folder / name
     compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, *FLAGS, HERE / f"{name}.cpp", "-o", program], check=True)
+    subprocess.run([compiler, *FLAGS, *extra, HERE / f"{name}.cpp", "-o", program], check=True)
     return program
 
 
@@ -31,3 +37,9 @@ def run_program(program: Path, *arguments: str, given: bytes = b"") -> subproces
         capture_output=True,
         env={**os.environ, "ASAN_OPTIONS": options},
     )
+
+
+def traffic_of(result: subprocess.CompletedProcess) -> list[tuple[int, int]]:
+    """Bytes that each launch of a counted program loaded from and stored to global memory."""
+    lines = [line.split() for line in result.stderr.decode().splitlines()]
+    return [(int(loaded), int(stored)) for word, loaded, stored in lines if word == "traffic"]

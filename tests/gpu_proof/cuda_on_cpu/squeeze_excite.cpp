@@ -80,7 +80,7 @@ int main() {
   };
 
   std::string first;
-  for (const Order order : {Order::Forward, Order::Backward, Order::Shuffled}) {
+  for (const Order order : cuda_on_cpu::kOrders) {
     cuda_on_cpu::order = order;
     Outputs results;
     Outputs workspace;

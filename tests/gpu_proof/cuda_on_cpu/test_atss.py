@@ -9,7 +9,12 @@ import torch
 from dlkernels.atss import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from tests.atss.cases import random_boxes
-from tests.gpu_proof.cuda_on_cpu.emulator import compile_program, run_program
+from tests.gpu_proof.cuda_on_cpu.emulator import (
+    COUNTED,
+    compile_program,
+    run_program,
+    traffic_of,
+)
 
 MAX_LEVELS = 16
 GRIDS = {
@@ -33,8 +38,13 @@ def as_bytes(tensor):
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def run_on_cpu(program, grid, anchors, boxes, counts, gt_ignore, valid, k, ignore_iof_thr):
-    """Results as the CUDA kernels compute them: for the grid where anchors is None."""
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return compile_program("atss", tmp_path_factory.mktemp("counted"), COUNTED)
+
+
+def launch_on_cpu(program, grid, anchors, boxes, counts, gt_ignore, valid, k, ignore_iof_thr):
+    """The finished process: for the grid where anchors is None."""
     levels = [
         (*size, stride) if anchors is None else (1, count, 0)
         for size, stride, count in zip(
@@ -61,6 +71,12 @@ def run_on_cpu(program, grid, anchors, boxes, counts, gt_ignore, valid, k, ignor
     tensors = (coordinates, boxes, counts, valid, gt_ignore)
     result = run_program(program, given=header + b"".join(map(as_bytes, tensors)))
     assert result.returncode == 0, result.stderr.decode()
+    return result
+
+
+def run_on_cpu(program, grid, anchors, boxes, *targets):
+    """Results as the CUDA kernels compute them."""
+    result = launch_on_cpu(program, grid, anchors, boxes, *targets)
     shape = len(boxes), len(grid)
     size = 8 * shape[0] * shape[1]
     assert len(result.stdout) == size + size // 2
@@ -99,3 +115,22 @@ def test_no_boxes(program, shape):
     assigned, iou = run_on_cpu(program, grid, None, boxes, counts, None, None, 9, 0.5)
     assert (assigned == -1).all()
     assert (iou == 0).all()
+
+
+@pytest.mark.parametrize("path", ["grid", "any anchors"])
+def test_traffic(counted, path):
+    """At most 1.1 times what must move: no IoU of anchors and boxes but the candidates'."""
+    grid = AnchorGrid.from_scales([(40, 48), (20, 24), (10, 12)], [8, 16, 32])
+    images, boxes_each, k = 2, 5, 9
+    boxes = random_boxes(images, boxes_each, (320, 384))
+    counts = torch.full((images,), boxes_each)
+    anchors = None if path == "grid" else grid.boxes()
+    result = launch_on_cpu(counted, grid, anchors, boxes, counts, None, None, k, 0.5)
+    candidate = 16
+    slots = k * len(grid.sizes)
+    floor = images * boxes_each * 2 * slots * candidate  # written, and read for the threshold
+    floor += images * len(grid) * (8 + 8 + 4)  # claims, assigned boxes, IoUs
+    if anchors is not None:
+        floor += images * boxes_each * anchors.nbytes
+    moved = sum(loaded + stored for loaded, stored in traffic_of(result))
+    assert floor <= moved <= 1.1 * floor, moved / floor

@@ -5,7 +5,12 @@ import struct
 import pytest
 import torch
 
-from tests.gpu_proof.cuda_on_cpu.emulator import compile_program, run_program
+from tests.gpu_proof.cuda_on_cpu.emulator import (
+    COUNTED,
+    compile_program,
+    run_program,
+    traffic_of,
+)
 from tests.numbers import DTYPES, FORMATS, assert_exact
 from tests.squeeze_excite.cases import NAMES, OPTIONS, make_inputs
 from tests.squeeze_excite.test_numbers import plain, run
@@ -35,8 +40,13 @@ def as_bytes(tensor, memory_format):
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def run_on_cpu(program, inputs, grad, memory_format, activation, gate, output_activation):
-    """Output and gradients, as the CUDA kernels compute them."""
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return compile_program("squeeze_excite", tmp_path_factory.mktemp("counted"), COUNTED)
+
+
+def launch_on_cpu(program, inputs, grad, memory_format, activation, gate, output_activation):
+    """The finished process, forward and backward in every order of blocks and threads."""
     x, reduce_weight, reduce_bias, _, _, shortcut = inputs.tensors
     n, c, h, w = x.shape
     r = reduce_weight.shape[0]
@@ -54,7 +64,15 @@ def run_on_cpu(program, inputs, grad, memory_format, activation, gate, output_ac
     arrays = b"".join(as_bytes(tensor, memory_format) for tensor in [*inputs.tensors, grad])
     result = run_program(program, given=header + arrays)
     assert result.returncode == 0, result.stderr.decode()
+    return result
 
+
+def run_on_cpu(program, inputs, grad, memory_format, **options):
+    """Output and gradients, as the CUDA kernels compute them."""
+    result = launch_on_cpu(program, inputs, grad, memory_format, **options)
+    x, reduce_weight, *_, shortcut = inputs.tensors
+    n, c, h, w = x.shape
+    r = reduce_weight.shape[0]
     stream = torch.frombuffer(bytearray(result.stdout or b"\0"), dtype=torch.uint8)
     position = 0
 
@@ -108,3 +126,18 @@ def test_nan_and_infinity_propagate(program, value, options):
     wanted = plain(*[None if t is None else t.double() for t in inputs.tensors], **options)
     assert torch.equal(ours.isnan(), wanted.isnan())
     assert torch.equal(ours.isinf(), wanted.isinf())
+
+
+@pytest.mark.parametrize("options", ["efficientnet", "se-resnet"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_traffic(counted, memory_format, options):
+    """At most 1.1 times what must move: a gate needs all of its map, a map is read twice."""
+    shortcut = options == "se-resnet"
+    inputs = make_inputs((1, 64, 16, 16, 4), memory_format=memory_format, shortcut=shortcut)
+    x = inputs.tensors[0]
+    result = launch_on_cpu(counted, inputs, torch.randn_like(x), memory_format, **OPTIONS[options])
+    forward = 2 + shortcut + 1  # x twice and the shortcut, the result
+    backward = 2 * (1 + shortcut) + 1 + 1 + shortcut  # gradient and result twice, x, the gradients
+    floor = (forward + backward) * x.nbytes
+    moved = sum(loaded + stored for loaded, stored in traffic_of(result))
+    assert floor <= moved <= 1.1 * floor, moved / floor

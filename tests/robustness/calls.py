@@ -1,0 +1,99 @@
+"""A forward and backward pass of every op, from a seed."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import dlkernels
+from dlkernels import ops
+from dlkernels.boxes.anchors import AnchorGrid
+
+CHANNELS = 16
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "SqueezeExcite": lambda: dlkernels.nn.SqueezeExcite(CHANNELS, 4),
+    "BatchNormAct2d": lambda: dlkernels.nn.BatchNormAct2d(CHANNELS, activation="silu"),
+    "DepthwiseConvBNAct": lambda: dlkernels.nn.DepthwiseConvBNAct(CHANNELS, 3),
+    "MBConv": lambda: dlkernels.nn.MBConv(CHANNELS, CHANNELS, 32, squeeze_channels=4),
+    "DenseBlock": lambda: dlkernels.nn.DenseBlock(2, CHANNELS, 2, 4),
+    "Transition": lambda: dlkernels.nn.Transition(CHANNELS, 8),
+}
+
+
+def make_module(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODULES[name]()
+
+
+def step(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output, gradients and buffers of a training step."""
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.square().sum().backward()
+    gradients = [parameter.grad for parameter in module.parameters()]
+    assert all(gradient is not None for gradient in gradients)
+    return [out.detach(), x.grad, *gradients, *(buffer.clone() for buffer in module.buffers())]
+
+
+def run_asff_fuse(generator: torch.Generator) -> list[Tensor]:
+    inputs = [
+        torch.randn(2, channels, size, size, generator=generator, requires_grad=True)
+        for channels, size in ((CHANNELS, 8), (CHANNELS, 16), (2, 16))
+    ]
+    out = ops.asff_fuse(inputs[:-1], inputs[-1])
+    out.square().sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
+    corners = 100 * torch.rand(*shape, 2, generator=generator)
+    return torch.cat([corners, corners + 50 * torch.rand(*shape, 2, generator=generator)], -1)
+
+
+def run_atss_assign(generator: torch.Generator) -> list[Tensor]:
+    grid = AnchorGrid.for_image((128, 128))
+    return list(ops.atss_assign(grid, None, random_boxes(2, 9, generator=generator)))
+
+
+def run_max_iou_assign(generator: torch.Generator) -> list[Tensor]:
+    anchors = AnchorGrid.for_image((128, 128)).boxes()
+    return list(ops.max_iou_assign(anchors, None, random_boxes(2, 9, generator=generator)))
+
+
+def run_box_iou_loss(generator: torch.Generator) -> list[Tensor]:
+    pred = random_boxes(500, generator=generator).requires_grad_()
+    loss = ops.box_iou_loss(pred, random_boxes(500, generator=generator), "ciou")
+    loss.sum().backward()
+    return [loss.detach(), pred.grad]
+
+
+def run_sigmoid_focal_loss(generator: torch.Generator) -> list[Tensor]:
+    logits = torch.randn(300, 20, generator=generator, requires_grad=True)
+    labels = torch.randint(-1, 20, (300,), generator=generator)
+    loss = ops.sigmoid_focal_loss(logits, labels, reduction="sum")
+    loss.backward()
+    return [loss.detach(), logits.grad]
+
+
+FUNCTIONS = {
+    "asff_fuse": run_asff_fuse,
+    "atss_assign": run_atss_assign,
+    "max_iou_assign": run_max_iou_assign,
+    "box_iou_loss": run_box_iou_loss,
+    "sigmoid_focal_loss": run_sigmoid_focal_loss,
+}
+CALLS = [*MODULES, *FUNCTIONS]
+
+
+def run(name: str, seed: int) -> list[Tensor]:
+    """What a module's or a function's forward and backward pass give; leaves torch's seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in FUNCTIONS:
+        return FUNCTIONS[name](generator)
+    with torch.random.fork_rng(devices=[]):
+        module = make_module(name, seed)
+    return step(module, torch.randn(2, CHANNELS, 12, 12, generator=generator))
+
+
+def equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -1,0 +1,64 @@
+"""Ops in several threads and in worker processes: the same bits as in one."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tests.robustness.calls import CALLS, FUNCTIONS, equal, make_module, run, step
+
+THREADS = 8
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_eight_threads(name):
+    # Modules are made beforehand: their random initial values come from a global generator.
+    def task(seed):
+        if name in FUNCTIONS:
+            return FUNCTIONS[name](torch.Generator().manual_seed(seed))
+        x = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(seed))
+        return step(modules[seed], x)
+
+    seeds = range(2 * THREADS)
+    modules = [] if name in FUNCTIONS else [make_module(name, seed) for seed in seeds]
+    with ThreadPoolExecutor(THREADS) as pool:
+        results = list(pool.map(task, seeds))
+    for seed, result in zip(seeds, results, strict=True):
+        assert equal(result, run(name, seed)), seed
+
+
+class Results(Dataset):
+    """The results of every call, computed where the item is asked for."""
+
+    def __len__(self):
+        return len(CALLS)
+
+    def __getitem__(self, index):
+        return run(CALLS[index], index)
+
+
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_of_a_data_loader(method, workers):
+    run("SqueezeExcite", 0)  # starts this process's threads
+    torch.set_num_threads(1)  # as workers do
+    expected = [Results()[index] for index in range(len(CALLS))]
+    loader = DataLoader(
+        Results(),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=method,
+        timeout=300,
+    )
+    for name, result, wanted in zip(CALLS, loader, expected, strict=True):
+        assert equal(result, wanted), name
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_any_number_of_threads(name, threads):
+    """Sums may be in another order, nothing else."""
+    expected = run(name, 0)
+    torch.set_num_threads(threads)
+    for actual, wanted in zip(run(name, 0), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
