@@ -17,7 +17,6 @@ from tests.numbers import relative_error
 DETECTORS = (YOLOv4, YOLOv3ASFF)
 PLAIN = {YOLOv4: PlainYOLOv4, YOLOv3ASFF: PlainYOLOv3ASFF}
 WIDTHS = (8, 8, 16, 32, 64, 128)  # of the six stages at width 1/8
-STEPS = 45
 IMAGE_SIZES = [(128, 160), (100, 131), (97, 160)]
 ANCHORS = (
     ((20, 20), (30, 24), (30, 40)),
@@ -170,12 +169,10 @@ def test_detections_are_the_confident_predictions():
         for box, score, label in zip(
             *(found[k] for k in ("boxes", "scores", "labels")), strict=True
         ):
-            at = (clipped - box).abs().amax(1).argmin()
-            assert (clipped[at] == box).all()
+            at = (clipped == box).all(1)  # several, where boxes fill the image
+            expected = confidence[image, at] * probabilities[image, at, label]
             assert score > 0.5
-            torch.testing.assert_close(
-                score, confidence[image, at] * probabilities[image, at, label]
-            )
+            assert torch.isclose(expected, score).any()
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -196,12 +193,12 @@ def test_evaluation_gives_what_torchvision_gives(detector):
 def test_it_learns_to_find_rectangles(detector):
     images, targets = zip(
         rectangles(64, 64, (4, 6, 30, 36), (34, 26, 60, 60)),
-        rectangles(64, 64, (30, 30, 62, 60), (3, 3, 30, 23)),
+        rectangles(64, 80, (40, 30, 76, 60), (3, 3, 30, 23)),
         strict=True,
     )
-    model = tiny(detector, depth=0.125, min_size=64, max_size=64).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(STEPS):
+    model = tiny(detector, min_size=64, max_size=96).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(90):
         loss = sum(model(images, targets).values())
         optimizer.zero_grad()
         loss.backward()
