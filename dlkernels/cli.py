@@ -36,7 +36,9 @@ def _add_detect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     detect = commands.add_parser("detect", help="draws the objects in images, and prints JSON")
     detect.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     detect.add_argument("--model", help="the detector's name; by default the checkpoint's")
-    detect.add_argument("--weights", type=Path, required=True, help="a checkpoint of a detector")
+    detect.add_argument("--weights", type=Path, required=True, help="a checkpoint, or .weights")
+    detect.add_argument("--cfg", type=Path, help="Darknet's, of the network of .weights")
+    detect.add_argument("--names", type=Path, help="file with the name of a class on each line")
     detect.add_argument("--output", type=Path, default=Path("out"), help="folder of the PNGs")
     detect.add_argument("--threshold", type=float, default=0.3, help="least score")
     detect.set_defaults(run=_run_detect)
@@ -44,14 +46,11 @@ def _add_detect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _run_detect(options: argparse.Namespace) -> None:
     # Imported here: it needs torchvision, which the library does not.
-    from dlkernels.models.detection.pictures import detect_files
+    from dlkernels.models.detection.pictures import detect_files, loaded
 
     try:
-        print(
-            detect_files(
-                options.images, options.model, options.weights, options.output, options.threshold
-            )
-        )
+        detector, classes = loaded(options.model, options.weights, options.cfg, options.names)
+        print(detect_files(options.images, detector, classes, options.output, options.threshold))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -1,8 +1,8 @@
 """Makes a small data set of real input that needs no download, in COCO's format.
 
-scikit-learn's handwritten digits are scaled and drawn on crops of its two photographs: 1 to 12 on
-each image, some tiny, some overlapping. The held-out split has digits and parts of the photographs
-that the training split has not. The same seed makes the same files.
+scikit-learn's handwritten digits are scaled and drawn in light colours on dimmed crops of its two
+photographs: 1 to 12 on each image, some tiny, some overlapping. The held-out split has digits and
+parts of the photographs that the training split has not. The same seed makes the same files.
 
     python examples/make_digits_coco.py out/digits
 """
@@ -20,6 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 HELD_OUT = 0.2  # of the digits, and of each photograph's width at its right
+SIDES = 0.14, 0.4  # least and most of a digit over that of the image; the logarithm is uniform
+DIMMING = 0.5  # of the photographs
 INK = 0.3  # a digit's box holds what is at least this opaque
 MOST_OVERLAP = 0.3  # of the smaller of two boxes
 TRIES = 20  # places tried for a digit before it is left out
@@ -65,7 +67,7 @@ def compose(
     labels: list[int] = []
     for _ in range(rng.integers(1, 13)):
         index = rng.integers(len(source.glyphs))
-        side = round(float(np.exp(rng.uniform(np.log(0.1), np.log(0.4)))) * size)
+        side = round(float(np.exp(rng.uniform(*np.log(SIDES)))) * size)
         opacity = _scaled(source.glyphs[index], side)
         for _ in range(TRIES):
             left, top = (int(v) for v in rng.integers(0, size - side + 1, 2))
@@ -84,7 +86,7 @@ def _background(photographs: list[np.ndarray], size: int, rng: np.random.Generat
     side = int(rng.integers(min(64, size), min(height, width) + 1))
     top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
     crop = Image.fromarray(photograph[top : top + side, left : left + side])
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), np.float32).copy()
+    return DIMMING * np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), np.float32)
 
 
 def _scaled(glyph: np.ndarray, side: int) -> np.ndarray:
@@ -107,12 +109,10 @@ def _overlap(a: list[int], b: list[int]) -> float:
 def _draw(
     image: np.ndarray, opacity: np.ndarray, left: int, top: int, rng: np.random.Generator
 ) -> None:
-    """Draws a digit in a light colour where the image is dark, and the other way round."""
+    """Draws a digit in a light colour."""
     side = len(opacity)
     place = image[top : top + side, left : left + side]
-    dark = np.average(place.mean(2), weights=opacity) < 128
-    colour = rng.uniform(190, 255, 3) if dark else rng.uniform(0, 65, 3)
-    place += opacity[..., None] * (colour - place)
+    place += opacity[..., None] * (rng.uniform(190, 255, 3) - place)
 
 
 def write_split(folder: Path, name: str, source: Source, count: int, size: int, seed: int) -> None:
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train", type=int, default=2000, help="images to train on")
+    parser.add_argument("--train", type=int, default=2400, help="images to train on")
     parser.add_argument("--val", type=int, default=300, help="held-out images")
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument("--seed", type=int, default=0)

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from dlkernels import use_backend
+from dlkernels.boxes.kmeans import cluster_box_sizes
 from dlkernels.models.detection import checkpoint
 from dlkernels.models.detection.checkpoint import DETECTORS, DetectorConfig
 
@@ -51,11 +52,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--assigner", choices=("atss", "max_iou", "fcos"), help="of ATSS")
     add("--image-size", type=int, default=128, help="shorter side that images are resized to")
     add("--scales", type=int, nargs="*", default=[], help="image sizes, one drawn for each step")
-    add("--mosaic", type=float, default=0.5, help="probability of a sample of four images")
+    add("--mosaic", type=float, default=0.0, help="probability of a sample of four images")
     add("--flip", type=float, default=0.0, help="probability of a mirrored sample")
     add("--epochs", type=int, default=12)
-    add("--batch-size", type=int, default=16, help="over all processes")
-    add("--lr", type=float, default=0.02)
+    add("--batch-size", type=int, default=8, help="over all processes")
+    add("--lr", type=float, default=0.08)
     add("--warm-up", type=int, default=100, help="steps")
     add("--weight-decay", type=float, default=1e-4)
     add("--clip-norm", type=float, default=10.0, help="of all gradients together")
@@ -67,7 +68,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes that load images; 0 caches them instead")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, help="steps; by default an epoch")
-    add("--evaluate-every", type=int, default=4, help="epochs")
+    add("--evaluate-every", type=int, default=2, help="epochs")
     add("--resume", action="store_true", help="continue the run in the folder")
     options = parser.parse_args(arguments)
     if options.assigner and options.model != "atss":
@@ -145,7 +146,7 @@ class Training:
             self.train_data.classes,
             options.image_size,
             options.small,
-            {"assigner": options.assigner} if options.assigner else {},
+            detector_options(options, self.train_data),
         )
         device = self.processes.device
         self.model = self.config.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -321,6 +322,19 @@ def read_data(folder: Path) -> tuple[CocoData, CocoData]:
     if (train.classes, train.category_ids) != (val.classes, val.category_ids):
         raise ValueError(f"{val.file} must have the categories of {train.file}")
     return train, val
+
+
+def detector_options(options: argparse.Namespace, data: CocoData) -> dict[str, Any]:
+    """Arguments of the detector's class: ATSS's assigner, YOLO's anchors, which fit the data."""
+    if options.model == "atss":
+        return {"assigner": options.assigner} if options.assigner else {}
+    boxes = torch.cat(
+        [e.target()["boxes"] * options.image_size / min(e.size) for e in data.entries]
+    )
+    if len(boxes) < 9:
+        return {}  # the published anchors
+    clusters = cluster_box_sizes(boxes[:, 2:] - boxes[:, :2], 9)
+    return {"anchors": clusters.sizes.view(3, 3, 2).tolist()}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

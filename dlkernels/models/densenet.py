@@ -67,6 +67,18 @@ class DenseNet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        """The maps after each dense block, the last with norm and ReLU.
+
+        They are at 1/4, 1/8, 1/16 and 1/32 of the image's size.
+        """
+        maps: list[Tensor] = []
+        for name, module in self.features.named_children():
+            x = module(x)
+            if name.startswith("denseblock"):
+                maps.append(x)
+        return [*maps[:-1], F.relu(x)]
+
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
         features = F.relu(self.features(x), inplace=True)

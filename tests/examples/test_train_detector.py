@@ -18,7 +18,7 @@ from detection.ema import MovingAverage
 from detection.evaluation import coco_map
 from PIL import Image
 from torch import nn
-from train_detector import main
+from train_detector import detector_options, main, parsed
 
 from dlkernels import cli
 from dlkernels.models.detection import checkpoint
@@ -171,6 +171,18 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert torch.load(path) == {"a": 1}
 
 
+def test_anchors_of_yolo_fit_the_training_boxes(data):
+    train = read_coco(data / "train", data / "train.json")
+    options = parsed([str(data), "run", "--model", "yolov4", "--image-size", "128"])
+    anchors = torch.tensor(detector_options(options, train)["anchors"])
+    boxes = torch.cat([entry.target()["boxes"] for entry in train.entries])
+    sizes = 2 * (boxes[:, 2:] - boxes[:, :2])  # images of 64 pixels
+    assert anchors.shape == (3, 3, 2)
+    assert (anchors.flatten(0, 1).prod(1).diff() > 0).all()
+    assert (anchors.amin((0, 1)) >= sizes.amin(0)).all()
+    assert (anchors.amax((0, 1)) <= sizes.amax(0)).all()
+
+
 # ---- training -----------------------------------------------------------------------------------
 
 
@@ -258,7 +270,7 @@ def test_train_and_detect(data, tmp_path, capsys):
     with pytest.raises(SystemExit, match="--resume continues it"):
         main([str(data), str(run), *OPTIONS])
     others = ["--amp", "--backend", "reference", "--resume", "--lr", "0.5"]
-    with pytest.raises(SystemExit, match=r"of a run with lr 0\.02, not 0\.5"):
+    with pytest.raises(SystemExit, match=r"of a run with lr 0\.08, not 0\.5"):
         main([str(data), str(run), *OPTIONS, *others])
 
 

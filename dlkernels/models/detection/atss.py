@@ -58,6 +58,20 @@ class Outputs(NamedTuple):
     centerness: list[Tensor]
 
 
+class Predictions(NamedTuple):
+    """Decoded outputs of A anchors, the finest level first: row by row.
+
+    Attributes:
+        boxes: x1 y1 x2 y2 in pixels, float32 [N, A, 4].
+        scores: probabilities times centerness, float32 [N, A, num_classes].
+        probabilities: of each class, float32 [N, A, num_classes].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    probabilities: Tensor
+
+
 class ATSS(Detector):
     """ResNet and feature pyramid, P3 to P7, with a head that all levels share.
 
@@ -70,6 +84,7 @@ class ATSS(Detector):
         channels: of the pyramid and the head, a multiple of 8.
         stacked_convs: convolutions of each branch of the head before its last.
         assigner: which anchors are positive: ``"atss"``, ``"max_iou"`` (RetinaNet) or ``"fcos"``.
+        anchor_scale: side of an anchor in strides of its level.
         post_processing: which predictions become detections.
         min_size: the shorter side that images are resized to, in pixels; of several, one is drawn
             for each image in training, and the last is that of evaluation.
@@ -89,6 +104,7 @@ class ATSS(Detector):
         channels: int = 256,
         stacked_convs: int = 4,
         assigner: str = "atss",
+        anchor_scale: float = 8.0,
         post_processing: PostProcessing | None = None,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
@@ -103,7 +119,10 @@ class ATSS(Detector):
         check_choice("assigner", assigner, ASSIGNERS)
         if channels < 8 or channels % 8 != 0:
             raise ValueError(f"channels must be a positive multiple of 8, but is {channels}")
+        if not anchor_scale > 0:
+            raise ValueError(f"anchor_scale must be above 0, but is {anchor_scale}")
         self.assigner = assigner
+        self.anchor_scale = anchor_scale
         self.post_processing = post_processing or PostProcessing()
         self.backbone = backbone or Backbone.of(resnet50(weights=None))
         self.neck = FeaturePyramidNetwork(
@@ -130,7 +149,7 @@ class ATSS(Detector):
             of them: see :func:`shared_normaliser`.
         """
         logits, deltas, centerness = (_by_anchor(maps) for maps in outputs)
-        grid = _anchor_grid(outputs)
+        grid = self._anchor_grid(outputs)
         anchors = grid.boxes(logits.device)
         gt_boxes = [target["boxes"].float() for target in targets]
         valid = _located_inside(anchors, image_sizes)
@@ -159,16 +178,19 @@ class ATSS(Detector):
             "loss_centerness": loss_centerness / num_positive,
         }
 
+    def decode(self, outputs: Outputs) -> Predictions:
+        """Boxes and scores of raw outputs: all that comes before the suppression."""
+        logits, deltas, centerness = (_by_anchor(maps).float() for maps in outputs)
+        anchors = self._anchor_grid(outputs).boxes(logits.device)
+        probabilities = logits.sigmoid()
+        boxes = decode_deltas(anchors, deltas, stds=DELTA_STDS)
+        return Predictions(boxes, probabilities * centerness.sigmoid(), probabilities)
+
     def get_bboxes(self, outputs: Outputs, image_sizes: Sequence[Size]) -> list[dict[str, Tensor]]:
         """The detections in raw outputs; see :meth:`Detector.get_bboxes`."""
-        grid = _anchor_grid(outputs)
-        levels = grid.num_level_anchors
-        anchors = grid.boxes(outputs.class_logits[0].device)
-        logits, deltas, centerness = (_by_anchor(maps).float() for maps in outputs)
-        probabilities = logits.sigmoid()
-        scores = probabilities * centerness.sigmoid()
+        boxes, scores, probabilities = self.decode(outputs)
+        levels = self._anchor_grid(outputs).num_level_anchors
         starts = [sum(levels[:level]) for level in range(len(levels))]
-
         detections = []
         for image, size in enumerate(image_sizes):
             chosen = []
@@ -179,10 +201,16 @@ class ATSS(Detector):
                 )
                 chosen.append(torch.stack((anchor + start, label)))
             anchor, label = torch.cat(chosen, 1)
-            boxes = decode_deltas(anchors[anchor], deltas[image, anchor], stds=DELTA_STDS)
             score = scores[image, anchor, label]
-            detections.append(self.post_processing.suppress(boxes, score, label, size))
+            detections.append(
+                self.post_processing.suppress(boxes[image, anchor], score, label, size)
+            )
         return detections
+
+    def _anchor_grid(self, outputs: Outputs) -> AnchorGrid:
+        """A square anchor around the upper left corner of each cell."""
+        sizes = [(x.shape[2], x.shape[3]) for x in outputs.class_logits]
+        return AnchorGrid.from_scales(sizes, STRIDES, (self.anchor_scale,), offset=0.0)
 
 
 class CoarserLevels(ExtraFPNBlock):
@@ -251,12 +279,6 @@ def _branch(channels: int, convs: int) -> nn.Sequential:
             nn.ReLU(inplace=True),
         ]
     return nn.Sequential(*layers)
-
-
-def _anchor_grid(outputs: Outputs) -> AnchorGrid:
-    """A square anchor of 8 strides a side around the upper left corner of each cell."""
-    sizes = [(x.shape[2], x.shape[3]) for x in outputs.class_logits]
-    return AnchorGrid.from_scales(sizes, STRIDES, offset=0.0)
 
 
 def _by_anchor(maps: Sequence[Tensor]) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models._utils import IntermediateLayerGetter
 
+from dlkernels.models.densenet import DenseNet
+from dlkernels.models.efficientnet import EfficientNet
 from dlkernels.models.senet import SENet
 
 STRIDES = (8, 16, 32)
@@ -33,8 +37,8 @@ class Backbone(nn.Module):
         self.channels = tuple(channels)
 
     @classmethod
-    def of(cls, network: ResNet | SENet) -> Backbone:
-        """The backbone of a ResNet of torchvision or an SE network of dlkernels.
+    def of(cls, network: ResNet | SENet | DenseNet | EfficientNet) -> Backbone:
+        """The backbone of a ResNet of torchvision or a network of dlkernels.
 
         The modules are shared with the network; its classifier is left out.
 
@@ -44,15 +48,15 @@ class Backbone(nn.Module):
         if isinstance(network, ResNet):
             stages = {f"layer{stage}": str(stage) for stage in (2, 3, 4)}
             body: nn.Module = IntermediateLayerGetter(network, stages)
-        elif isinstance(network, SENet):
+        elif isinstance(network, SENet | DenseNet | EfficientNet):
             body = _Stages(network)
         else:
             raise TypeError(
-                "network must be a torchvision ResNet or a dlkernels SENet, but is "
-                f"{type(network).__name__}; other networks: Backbone(body, channels)"
+                "network must be a torchvision ResNet or a dlkernels SENet, DenseNet or "
+                f"EfficientNet, but is {type(network).__name__}; other networks: "
+                "Backbone(body, channels)"
             )
-        last = network.fc.in_features
-        return cls(body, (last // 4, last // 2, last))
+        return cls(body, _channels(body))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """The maps of images [N, 3, H, W], the finest first.
@@ -75,13 +79,30 @@ class Backbone(nn.Module):
 
 
 class _Stages(nn.Module):
-    """The stages of an SE network, without its classifier."""
+    """The stages of a network of dlkernels, without what follows the last map."""
 
-    def __init__(self, network: SENet):
+    def __init__(self, network: SENet | DenseNet | EfficientNet):
         super().__init__()
-        self.deep_stem = network.deep_stem
-        for name, module in network.named_children():
-            if name not in ("dropout", "fc"):
+        self.maps: Callable[[Any, Tensor], list[Tensor]] = type(network).forward_features
+        self.deep_stem = getattr(network, "deep_stem", False)
+        children = dict(network.named_children())
+        if isinstance(network, EfficientNet):  # the last stage is for the classifier
+            children["features"] = nn.Sequential(*list(network.features)[:-1], nn.Identity())
+        for name, module in children.items():
+            if name not in ("dropout", "fc", "classifier"):
                 self.add_module(name, module)
 
-    forward = SENet.forward_features
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.maps(self, x)
+
+
+@torch.no_grad()
+def _channels(body: nn.Module) -> list[int]:
+    """Channels of the last three maps, from a small image."""
+    training = [module for module in body.modules() if module.training]
+    like = next(body.parameters())
+    maps = body.eval()(like.new_zeros(1, 3, 64, 64))
+    for module in training:
+        module.training = True
+    maps = list(maps.values() if isinstance(maps, Mapping) else maps)
+    return [level.shape[1] for level in maps[-len(STRIDES) :]]

@@ -15,16 +15,10 @@ from torchvision.models import resnet50
 from dlkernels.models.detection.atss import ATSS
 from dlkernels.models.detection.backbone import Backbone
 from dlkernels.models.detection.detector import Detector
+from dlkernels.models.detection.yolo_head import LossWeights
 from dlkernels.models.detection.yolov3_asff import YOLOv3ASFF
 from dlkernels.models.detection.yolov4 import YOLOv4
 from dlkernels.models.senet import BasicBlock, SENet
-
-# Sizes in pixels for objects of 8 to 50, such as the digits of examples/make_digits_coco.py.
-SMALL_ANCHORS = (
-    ((7, 12), (9, 15), (12, 17)),
-    ((13, 22), (18, 25), (17, 30)),
-    ((25, 33), (24, 42), (34, 46)),
-)
 
 
 @dataclass(frozen=True)
@@ -61,14 +55,18 @@ def _atss(classes: int, small: bool, options: dict[str, Any]) -> Detector:
     if not small:
         return ATSS(classes, Backbone.of(resnet50(weights=None)), **options)
     body = SENet(BasicBlock, (1, 1, 1, 1), width=24)
-    return ATSS(classes, Backbone.of(body), channels=64, stacked_convs=1, **options)
+    scaling: dict[str, Any] = {"channels": 64, "stacked_convs": 1, "anchor_scale": 3.0}
+    return ATSS(classes, Backbone.of(body), **{**scaling, **options})
 
 
 def _yolo(
     detector: type[YOLOv4] | type[YOLOv3ASFF], classes: int, small: bool, options: dict[str, Any]
 ) -> Detector:
-    scaling: dict[str, Any] = {"anchors": SMALL_ANCHORS, "width": 0.25, "depth": 0.125}
-    return detector(classes, **(scaling if small else {}), **options)
+    if small:
+        # Many positives and heavy class losses: nine anchors' classes are to be learned quickly.
+        scaling: dict[str, Any] = {"width": 0.25, "depth": 0.125, "shape_iou": 0.213}
+        options = {**scaling, "loss_weights": LossWeights(class_=3.0), **options}
+    return detector(classes, **options)
 
 
 DETECTORS: dict[str, Callable[[int, bool, dict[str, Any]], Detector]] = {

@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dlkernels.models.detection.checkpoint import config_of, load_detector, read
+from dlkernels.models.detection.darknet import Darknet, load_weights
+from dlkernels.models.detection.detector import Detector
 
 
 def read_image(path: Path) -> Tensor:
@@ -64,25 +66,68 @@ def _listed(detections: Mapping[str, Tensor]) -> list[tuple[list[float], float, 
     )
 
 
+def loaded(
+    model: str | None, weights: Path, cfg: Path | None = None, names: Path | None = None
+) -> tuple[Detector, Sequence[str]]:
+    """A detector from files, in evaluation mode, and the names of its classes.
+
+    Args:
+        model: the detector's name, which the checkpoint must have; None for any.
+        weights: a checkpoint of ``examples/train_detector.py``; with ``cfg`` Darknet's weights.
+        cfg: a network of Darknet's, or None.
+        names: a file with the name of a class on each line, for ``cfg``; by default classes are
+            numbered.
+
+    Raises:
+        ValueError: a file cannot be used, or the files do not belong together; the message names
+            the file.
+    """
+    if cfg is None:
+        if names is not None:
+            raise ValueError(f"{names} is of use with a cfg only: checkpoints hold their names")
+        name = config_of(read(weights)).model
+        if model not in (None, name):
+            raise ValueError(f"{weights} must hold the detector {model!r}, but holds {name!r}")
+        return load_detector(weights)
+    if model is not None:
+        raise ValueError(
+            f"the detector is that of {cfg}: no model is to be named, but {model!r} is"
+        )
+    try:
+        detector = Darknet(cfg.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{cfg}: {error}") from error
+    load_weights(detector, weights)
+    classes = [str(label) for label in range(detector.num_classes)]
+    if names is not None:
+        classes = [line.strip() for line in names.read_text().splitlines() if line.strip()]
+        if len(classes) != detector.num_classes:
+            raise ValueError(
+                f"{names} must have the {detector.num_classes} classes of {cfg}, but has "
+                f"{len(classes)}"
+            )
+    return detector.eval(), classes
+
+
 def detect_files(
-    paths: Sequence[Path], model: str | None, weights: Path, output: Path, threshold: float
+    paths: Sequence[Path],
+    detector: Detector,
+    classes: Sequence[str],
+    output: Path,
+    threshold: float,
 ) -> str:
     """Detects in image files, writes a PNG of each into ``output``, and returns JSON.
 
     Args:
         paths: of the images, whose names must differ.
-        model: the detector's name, which the checkpoint must have; None for any.
-        weights: a checkpoint of ``examples/train_detector.py``.
+        detector: in evaluation mode.
+        classes: names of its classes.
         output: a folder.
         threshold: the least score of a detection.
 
     Raises:
-        ValueError: the checkpoint or an image cannot be used; the message names the file.
+        ValueError: an image cannot be used; the message names the file.
     """
-    name = config_of(read(weights)).model
-    if model not in (None, name):
-        raise ValueError(f"{weights} must hold the detector {model!r}, but holds {name!r}")
-    detector, classes = load_detector(weights)
     stems = [path.stem for path in paths]
     if len(set(stems)) < len(stems):
         raise ValueError(f"images must have different names, but are {sorted(stems)}")

@@ -128,7 +128,6 @@ class YOLO(Detector):
     def output_convolution(self, channels: int) -> nn.Conv2d:
         """The last convolution of a level, which at first finds an object in few anchors."""
         conv = nn.Conv2d(channels, self.values_per_cell, 1)
-        nn.init.normal_(conv.weight, std=0.01)
         bias = torch.zeros(len(self.anchors[0]), 5 + self.num_classes)
         bias[:, 4] = math.log(PRIOR_PROBABILITY / (1 - PRIOR_PROBABILITY))
         conv.bias = nn.Parameter(bias.flatten())

@@ -8,6 +8,7 @@ so that :func:`dlkernels.models.detection.darknet.load_weights` reads published 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,15 @@ class PANet(nn.Module):
 
 
 def pyramid_pool(x: Tensor) -> Tensor:
-    """Maps and their maxima over windows of 13, 9 and 5 pixels, in this order before them."""
-    pooled = [F.max_pool2d(x, size, 1, size // 2) for size in POOLS]
-    return torch.cat([*reversed(pooled), x], 1)
+    """Maps and their maxima over windows of 13, 9 and 5 pixels, in this order before them.
+
+    A cascade: the maximum over 9 pixels is that over 5 of the maxima over 5, and so on, so that no
+    window has more than 5 x 5 pixels. Forward equals separate pools bit for bit. So does backward
+    where the maximum of a window is unique; where it is not, the gradient may go to another of the
+    equal pixels.
+    """
+    pooled = [x]
+    for size, last in pairwise((1, *POOLS)):
+        window = last - size + 1
+        pooled.append(F.max_pool2d(pooled[-1], window, 1, window // 2))
+    return torch.cat(pooled[::-1], 1)

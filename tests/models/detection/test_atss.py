@@ -11,6 +11,7 @@ from torchvision.ops import box_iou
 from dlkernels import models
 from dlkernels.models.detection import ATSS, Backbone, PostProcessing
 from dlkernels.models.detection.atss import ASSIGNERS, Outputs, from_mmdetection
+from tests.models.detection.decoding import check_decoding_exports_and_compiles
 from tests.models.detection.plain import PlainATSS, plain_detections, plain_losses
 from tests.numbers import relative_error
 
@@ -94,13 +95,31 @@ def test_a_checkpoint_of_another_detector_is_refused():
         from_mmdetection({"bbox_head.conv_cls.weight": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("network", [resnet18, models.seresnet18])
+def small_densenet():
+    return models.DenseNet(8, (2, 2, 2, 2), 16)
+
+
+@pytest.mark.parametrize(
+    "network", [resnet18, models.seresnet18, models.efficientnet_b0, small_densenet]
+)
 def test_backbones(network):
-    model = ATSS(3, Backbone.of(network()), channels=32)
+    network = network()
+    model = ATSS(3, Backbone.of(network), channels=32)
+    assert all(module.training for module in network.modules())
     outputs = model.raw_outputs(torch.randn(2, 3, 128, 160))
     for maps, channels in zip(outputs, (3, 4, 1), strict=True):
         assert [tuple(x.shape) for x in maps] == [(2, channels, *size) for size in SIZES]
-    assert not [name for name, _ in model.named_parameters() if ".fc." in name]
+    sum(x.sum() for maps in outputs for x in maps).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_densenets_maps_are_its_features():
+    network = small_densenet().eval()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        maps = network.forward_features(x)
+        assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+        assert torch.equal(network.classifier(maps[-1].mean((2, 3))), network(x))
 
 
 def test_default_is_resnet50_with_the_published_head():
@@ -112,11 +131,15 @@ def test_default_is_resnet50_with_the_published_head():
 
 
 def test_other_networks_are_refused():
-    with pytest.raises(TypeError, match="ResNet or a dlkernels SENet, but is DenseNet"):
+    with pytest.raises(TypeError, match="DenseNet or EfficientNet, but is DenseNet; other"):
         Backbone.of(densenet121())
     model = ATSS(3, Backbone(nn.Sequential(nn.Conv2d(3, 8, 3)), (8, 8, 8)), channels=32)
     with pytest.raises(ValueError, match="at least three maps, but gives 1"):
         model.raw_outputs(torch.randn(1, 3, 64, 64))
+
+
+def test_exported_and_compiled_predictions_are_the_same():
+    check_decoding_exports_and_compiles(tiny().eval(), torch.rand(1, 3, 64, 96), "inductor")
 
 
 # ---- losses -------------------------------------------------------------------------------------
@@ -316,6 +339,7 @@ def test_bad_images_and_targets(arguments, error, message):
     [
         ({"assigner": "nearest"}, "assigner must be one of 'atss', 'max_iou', 'fcos'"),
         ({"channels": 30}, "channels must be a positive multiple of 8, but is 30"),
+        ({"anchor_scale": 0.0}, "anchor_scale must be above 0, but is 0.0"),
         ({"classes": 0}, "num_classes must be at least 1, but is 0"),
     ],
 )

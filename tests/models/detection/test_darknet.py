@@ -1,11 +1,14 @@
 """Darknet's files, written by a writer of the tests' own."""
 
+import json
 import struct
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from dlkernels import cli
 from dlkernels.models.detection import Darknet, YOLOv4, load_weights, save_weights
 from dlkernels.models.detection.darknet import parse_cfg
 
@@ -195,6 +198,44 @@ def test_two_heads_groups_and_strided_pools():
         shapes = [tuple(x.shape) for x in model.raw_outputs(torch.rand(1, 3, 64, 96))]
         assert shapes == [(1, 21, 4, 6), (1, 21, 2, 3)]
         assert model.decode(model.raw_outputs(torch.rand(1, 3, 64, 96))).boxes.shape == (1, 90, 4)
+
+
+def test_detect_with_a_cfg(tmp_path, capsys):
+    image, cfg, weights, names = (
+        tmp_path / name for name in ("image.png", "tiny.cfg", "tiny.weights", "tiny.names")
+    )
+    Image.new("RGB", (64, 64), "red").save(image)
+    cfg.write_text(CFG)
+    model = tiny()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:  # those of the heads
+            nn.init.zeros_(module.weight)
+            nn.init.ones_(module.bias)
+    write_weights(weights, model)
+    names.write_text("cat\ndog\n")
+    arguments = ["detect", str(image), "--cfg", str(cfg), "--weights", str(weights)]
+    arguments += ["--output", str(tmp_path / "out"), "--threshold", "0"]
+    cli.main([*arguments, "--names", str(names)])
+    (found,) = json.loads(capsys.readouterr().out)
+    assert {item["class"] for item in found["detections"]} <= {"cat", "dog"}
+    assert found["detections"]
+    assert (tmp_path / "out" / "image.png").is_file()
+    cli.main(arguments)
+    (numbered,) = json.loads(capsys.readouterr().out)
+    assert {item["class"] for item in numbered["detections"]} <= {"0", "1"}
+
+    names.write_text("cat\n")
+    with pytest.raises(SystemExit, match=r"tiny.names must have the 2 classes of .*tiny.cfg"):
+        cli.main([*arguments, "--names", str(names)])
+    with pytest.raises(SystemExit, match=r"no model is to be named, but 'atss' is"):
+        cli.main([*arguments, "--model", "atss"])
+    with weights.open("ab") as file:
+        file.write(b"\0" * 4)
+    with pytest.raises(SystemExit, match=r"tiny.weights .*: 4 are left after the last layer"):
+        cli.main(arguments)
+    cfg.write_text(CFG.replace("[upsample]", "[lstm]"))
+    with pytest.raises(SystemExit, match=r"tiny.cfg: \[lstm\] in line \d+"):
+        cli.main(arguments)
 
 
 # ---- bad input ----------------------------------------------------------------------------------
