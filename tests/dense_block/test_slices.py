@@ -48,12 +48,16 @@ def statistics(maps, grads, dtype=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_conv(case, dtype, memory_format, training):
-    maps, layer, first, count = make_case(case, dtype, memory_format)
-    grad = torch.randn(maps.shape[0], 9, *maps.shape[2:]).to(dtype)
+    check_conv(*make_case(case, dtype, memory_format), memory_format, training)
+
+
+def check_conv(maps, layer, first, count, memory_format, training):
+    """Output, gradients and running statistics against the float64 formula."""
+    grad = torch.randn(maps.shape[0], layer.weight.shape[0], *maps.shape[2:]).to(maps.dtype)
     options = {"first": first, "training": training}
     ours = conv(maps, layer, grad, **options)
     wanted = conv(maps, layer, grad, torch.float64, **options)
-    assert ours["out"].dtype == dtype
+    assert ours["out"].dtype == maps.dtype
     assert ours["out"].is_contiguous(memory_format=memory_format)
     length = max(count, maps.numel() // maps.shape[1])
     for name, value in ours.items():
@@ -66,7 +70,11 @@ def test_conv(case, dtype, memory_format, training):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics(case, dtype, memory_format):
-    maps, _, first, count = make_case(case, dtype, memory_format)
+    check_statistics(*make_case(case, dtype, memory_format))
+
+
+def check_statistics(maps, _, first, count):
+    """The statistics of a slice and their gradients against the float64 formula."""
     grads = torch.randn(count), torch.randn(count)
     options = {"first": first, "count": count}
     ours = statistics(maps, grads, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dlkernels.triton_support import Budget
 from tests.gpu_proof.launches import Launch
 
 ARCHITECTURES = (80, 90, 100)
@@ -90,3 +92,17 @@ def _width(suffix: str) -> int:
 def _run(tool: str, *args: object) -> str:
     command = [TOOLS / tool, *args]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def assert_within_budgets(
+    launches: Iterable[Launch], architecture: int, budgets: Mapping[str, Budget]
+) -> None:
+    """Every launch keeps to the budget of its kernel, and never spills."""
+    for launch in launches:
+        code = compile_ahead(launch, architecture)
+        budget = budgets[launch.name]
+        found = f"{launch.name}: {code}"
+        assert code.spills == 0, found
+        assert code.registers <= budget.registers, found
+        assert code.shared <= budget.shared, found
+        assert code.wide >= budget.wide, found

@@ -85,13 +85,15 @@ FUNCTIONS = {
 CALLS = [*MODULES, *FUNCTIONS]
 
 
-def run(name: str, seed: int) -> list[Tensor]:
-    """What a module's or a function's forward and backward pass give; leaves torch's seed alone."""
+def run(name: str, seed: int, module: nn.Module | None = None) -> list[Tensor]:
+    """What a module's or a function's forward and backward pass give.
+
+    A module is made from the seed, unless it is given.
+    """
     generator = torch.Generator().manual_seed(seed)
     if name in FUNCTIONS:
         return FUNCTIONS[name](generator)
-    with torch.random.fork_rng(devices=[]):
-        module = make_module(name, seed)
+    module = module or make_module(name, seed)
     return step(module, torch.randn(2, CHANNELS, 12, 12, generator=generator))
 
 

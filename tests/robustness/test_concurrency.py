@@ -1,29 +1,24 @@
 """Ops in several threads and in worker processes: the same bits as in one."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.robustness.calls import CALLS, FUNCTIONS, equal, make_module, run, step
+from tests.robustness.calls import CALLS, MODULES, equal, make_module, run
 
 THREADS = 8
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_eight_threads(name):
-    # Modules are made beforehand: their random initial values come from a global generator.
-    def task(seed):
-        if name in FUNCTIONS:
-            return FUNCTIONS[name](torch.Generator().manual_seed(seed))
-        x = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(seed))
-        return step(modules[seed], x)
-
     seeds = range(2 * THREADS)
-    modules = [] if name in FUNCTIONS else [make_module(name, seed) for seed in seeds]
+    # Made beforehand: their random initial values come from a global generator.
+    modules = [make_module(name, seed) if name in MODULES else None for seed in seeds]
     with ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(task, seeds))
+        results = list(pool.map(run, repeat(name), seeds, modules))
     for seed, result in zip(seeds, results, strict=True):
         assert equal(result, run(name, seed)), seed
 

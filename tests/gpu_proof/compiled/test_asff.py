@@ -6,7 +6,7 @@ import torch
 from dlkernels.asff import triton as kernels
 from tests.asff.cases import MODES, make_inputs
 from tests.gpu_proof.launches import Launch, record
-from tests.gpu_proof.machine_code import ARCHITECTURES, compile_ahead
+from tests.gpu_proof.machine_code import ARCHITECTURES, assert_within_budgets, compile_ahead
 from tests.numbers import FORMATS
 
 SHAPE = 2, 256, 64, 64
@@ -36,14 +36,8 @@ def test_every_kernel_has_a_budget(mode):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("mode", "dtype", "architecture"), CASES)
 def test_budget(mode, dtype, architecture, memory_format):
-    for launch in launches((4, 2, 1), dtype, memory_format, mode):
-        code = compile_ahead(launch, architecture)
-        budget = kernels.BUDGETS[mode][launch.name]
-        found = f"{launch.name}: {code}"
-        assert code.spills == 0, found
-        assert code.registers <= budget.registers, found
-        assert code.shared <= budget.shared, found
-        assert code.wide >= budget.wide, found
+    launched = launches((4, 2, 1), dtype, memory_format, mode)
+    assert_within_budgets(launched, architecture, kernels.BUDGETS[mode])
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -5,7 +5,7 @@ import torch
 
 from dlkernels.dense_block import triton as kernels
 from tests.gpu_proof.launches import Launch, record
-from tests.gpu_proof.machine_code import compile_ahead
+from tests.gpu_proof.machine_code import assert_within_budgets
 from tests.numbers import FORMATS
 
 # The second block of DenseNet-121: a slice of 192 channels of a buffer of 256, to 128 channels.
@@ -58,11 +58,5 @@ def test_every_kernel_has_a_budget():
     ],
 )
 def test_machine_code(architecture, dtype, memory_format):
-    for launch in launches(dtype, memory_format):
-        code = compile_ahead(launch, architecture)
-        budget = kernels.BUDGETS[launch.name]
-        found = f"{launch.name}: {code}"
-        assert code.spills == 0, found
-        assert code.registers <= budget.registers, found
-        assert code.shared <= budget.shared, found
-        assert code.wide >= budget.wide, found
+    launched = launches(dtype, memory_format)
+    assert_within_budgets(launched, architecture, kernels.BUDGETS)

@@ -5,7 +5,7 @@ import torch
 
 from dlkernels.squeeze_excite import triton as kernels
 from tests.gpu_proof.launches import Launch, record
-from tests.gpu_proof.machine_code import ARCHITECTURES, compile_ahead
+from tests.gpu_proof.machine_code import ARCHITECTURES, assert_within_budgets
 from tests.numbers import DTYPES, FORMATS
 
 SHAPE = 2, 256, 56, 56
@@ -42,11 +42,5 @@ def test_every_kernel_has_a_budget():
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_budget(dtype, memory_format, relu, architecture):
-    for launch in launches(dtype, memory_format, relu):
-        code = compile_ahead(launch, architecture)
-        budget = kernels.BUDGETS[launch.name]
-        found = f"{launch.name}: {code}"
-        assert code.spills == 0, found
-        assert code.registers <= budget.registers, found
-        assert code.shared <= budget.shared, found
-        assert code.wide >= budget.wide, found
+    launched = launches(dtype, memory_format, relu)
+    assert_within_budgets(launched, architecture, kernels.BUDGETS)

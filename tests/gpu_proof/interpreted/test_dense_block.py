@@ -8,7 +8,7 @@ from dlkernels.backend import availability
 from dlkernels.dense_block import triton as kernels
 from tests.dense_block.cases import Shape, leaves_of, make_layers, make_maps
 from tests.dense_block.test_numbers import reduction_length, run, run_transition
-from tests.dense_block.test_slices import conv, statistics
+from tests.dense_block.test_slices import check_conv, check_statistics, conv
 from tests.gpu_proof.traffic import count_traffic
 from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error, tolerance
 
@@ -60,30 +60,14 @@ def test_triton_serves():
     ],
 )
 def test_conv(case, dtype, memory_format, training, small_tiles):
-    maps, layer, first, count = make_slice(case, dtype, memory_format)
-    grad = torch.randn(maps.shape[0], layer.weight.shape[0], *maps.shape[2:]).to(dtype)
-    options = {"first": first, "training": training}
-    ours = conv(maps, layer, grad, **options)
-    wanted = conv(maps, layer, grad, torch.float64, **options)
-    assert ours["out"].is_contiguous(memory_format=memory_format)
-    length = max(count, maps.numel() // maps.shape[1])
-    for name, value in ours.items():
-        assert_exact(name, value, wanted[name], length)
-    outside = torch.cat([ours["maps"][:, :first], ours["maps"][:, first + count :]], 1)
-    assert not outside.any()
+    check_conv(*make_slice(case, dtype, memory_format), memory_format, training)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SLICES)
 def test_statistics(case, dtype, memory_format):
-    maps, _, first, count = make_slice(case, dtype, memory_format)
-    grads = torch.randn(count), torch.randn(count)
-    options = {"first": first, "count": count}
-    ours = statistics(maps, grads, **options)
-    wanted = statistics(maps, grads, torch.float64, **options)
-    for name, value in ours.items():
-        assert_exact(name, value, wanted[name], maps.numel() // maps.shape[1])
+    check_statistics(*make_slice(case, dtype, memory_format))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
