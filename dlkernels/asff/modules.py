@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -80,6 +80,26 @@ class ASFF(nn.Module):
             self.add_module(f"weight_level_{index}", block(width, weight_channels, 1))
         self.weight_levels = nn.Conv2d(3 * weight_channels, 3, 1)
         self.expand = block(width, out_channels or (1024, 512, 256)[level], 3)
+
+    @classmethod
+    def from_layers(
+        cls, layers: Mapping[str, nn.Module], level: int, channels: Sequence[int]
+    ) -> ASFF:
+        """Builds the module around layers that exist, which keep their parameters.
+
+        Args:
+            layers: by their names in the state dict, each as the constructor makes it.
+            level: as in the constructor.
+            channels: as in the constructor.
+        """
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.level = level
+        module.channels = tuple(channels)
+        module.return_weights = False
+        for name, layer in layers.items():
+            module.add_module(name, layer)
+        return module
 
     def forward(
         self, level_0: Tensor, level_1: Tensor, level_2: Tensor

@@ -100,7 +100,7 @@ class DenseBlock(nn.ModuleDict):
         """Builds the block around layers that exist, which keep their names and parameters.
 
         Args:
-            layers: modules with norm1, conv1, norm2, conv2 and drop_rate, by their names.
+            layers: modules with norm1, conv1, norm2, conv2 and, unless it is 0, drop_rate, by name.
             memory: as in the constructor.
         """
         block = cls.__new__(cls)
@@ -165,13 +165,20 @@ def _pairs(layer: Any) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
     return pairs
 
 
+def _drop_rate(layer: Any) -> float:
+    return getattr(layer, "drop_rate", 0.0)
+
+
 def _run(layers: Sequence[Any], x: Tensor, memory: str) -> Tensor:
     """The block's output, by the fused op where all batch norms work alike."""
     norms = [norm for layer in layers for norm, _ in _pairs(layer)]
     if any(is_synchronized(norm) for norm in norms):
         return _run_plain(layers, x)
     modes = {(_uses_batch(norm), norm.momentum, norm.eps) for norm in norms}
-    dropouts = {(layer.drop_rate, layer.training or layer.drop_rate == 0) for layer in layers}
+    rates = [_drop_rate(layer) for layer in layers]
+    dropouts = {
+        (rate, layer.training or rate == 0) for layer, rate in zip(layers, rates, strict=True)
+    }
     if len(modes) > 1 or len(dropouts) > 1 or any(norm.weight is None for norm in norms):
         return _run_plain(layers, x)
     ((training, _, eps),) = modes
@@ -231,5 +238,5 @@ def _run_plain(layers: Sequence[Any], x: Tensor) -> Tensor:
         new = x
         for norm, conv in _pairs(layer):
             new = conv(F.relu(apply_norm(norm, new)))
-        x = torch.cat([x, F.dropout(new, layer.drop_rate, layer.training)], 1)
+        x = torch.cat([x, F.dropout(new, _drop_rate(layer), layer.training)], 1)
     return x

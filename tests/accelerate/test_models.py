@@ -9,22 +9,27 @@ import dlkernels
 from dlkernels.nn import SqueezeExcite
 from tests.numbers import relative_error
 
+# The blocks and squeeze-excite modules of each, and the batch norms with an activation elsewhere.
 MODELS = {
-    "torchvision efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), 16),
-    "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 11),
-    "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8),
-    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 16),
-    "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 15),
-    "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 17),
-    "torchvision mnasnet0_5": (lambda: torchvision.models.mnasnet0_5(), 16),
-    "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 16),
-    "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), 8),
+    "torchvision efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), 16, 2),
+    "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 11, 2),
+    "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8, 9),
+    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 16, 2),
+    "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 15, 2),
+    "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 17, 2),
+    "torchvision mnasnet0_5": (lambda: torchvision.models.mnasnet0_5(), 16, 3),
+    "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 16, 2),
+    "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), 8, 1),
+    "timm densenet121": (lambda: timm.create_model("densenet121"), 7, 2),
+    "torchvision regnet_y_400mf": (lambda: torchvision.models.regnet_y_400mf(), 16, 33),
 }
+BATCH_NORMS = (torch.nn.BatchNorm2d, timm.layers.BatchNormAct2d)
+SHARED_RELU = "serves 3 places"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_gradients_parameters_and_keys(name):
-    make, count = MODELS[name]
+    make, blocks, norms = MODELS[name]
     model = make().eval()
     x = torch.randn(2, 3, 64, 64)
     parameters = dict(model.named_parameters())
@@ -34,9 +39,13 @@ def test_outputs_gradients_parameters_and_keys(name):
     grads = torch.autograd.grad(expected.square().sum(), list(parameters.values()))
 
     report = dlkernels.accelerate(model)
-    assert len(report.swapped) == count
-    assert not report.left
-    assert sorted(model.state_dict()) == sorted(keys)
+    old = [type(module) for module in report.swapped.values()]
+    assert sum(kind in BATCH_NORMS for kind in old) == norms
+    others = [kind for kind in old if kind not in BATCH_NORMS]
+    assert sum(not kind.__module__.startswith("torch.nn.") for kind in others) == blocks
+    assert all(SHARED_RELU in reason for reason in report.left.values())
+    assert list(model.state_dict()) == keys
+    assert list(dict(model.named_parameters())) == list(parameters)  # an optimizer's order
     assert all(parameters[key] is value for key, value in model.named_parameters())
     actual = model(x)
     assert relative_error(actual, expected) < 1e-4
@@ -65,7 +74,7 @@ def test_what_cannot_be_proven_equal_is_left_with_a_reason():
             self.plain = layers.SEModule(16)
 
     report = dlkernels.accelerate(Net())
-    assert list(report.swapped) == ["plain"]
+    assert list(report.swapped) == ["norm.bn", "norm.act", "plain"]
     for name, word in {
         "maxpool": "max pool",
         "norm": "norm",
