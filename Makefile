@@ -1,6 +1,7 @@
 # make demo    set up, build, and show networks before and after
 # make test    set up, build, then lint, types and all tests
 # make gpu     on a machine with a GPU: all tests and benchmarks, and a report of them
+# make report  benchmarks, GPU traffic, and a page of both in out/report.html
 # make wheel VARIANT=cpu|cu126|cu128|cu130    a wheel in dist/; make wheels: all possible here
 # VENV=folder  reuses an environment elsewhere
 
@@ -15,7 +16,7 @@ export PYTHONPATH := $(CURDIR)
 VARIANT ?= cpu
 TORCH ?= 2.13.0
 
-.PHONY: demo test gpu bench wheel wheels sdist test-torch setup build lint types format clean
+.PHONY: demo test gpu bench traffic report wheel wheels sdist test-torch setup build lint types format clean
 
 demo: build
 	$(PY) -m dlkernels demo
@@ -30,7 +31,17 @@ gpu: build
 	$(PY) tools/gpu_report.py
 
 bench: build
-	$(PY) -m pytest benchmarks --benchmark-only
+	$(PY) -m dlkernels bench
+
+# Bytes that GPU kernels move, counted on the CPU, for the report.
+traffic: export DLKERNELS_TRAFFIC = $(CURDIR)/out/gpu-traffic.jsonl
+traffic: build
+	mkdir -p out && rm -f $(DLKERNELS_TRAFFIC)
+	$(PY) -m pytest tests/gpu_proof/cuda_on_cpu -q -k traffic
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/gpu_proof/interpreted -q -k traffic --ignore tests/gpu_proof/interpreted/test_traffic.py
+
+report: bench traffic
+	$(PY) -m dlkernels report
 
 wheel: setup
 	$(PY) tools/build_wheel.py $(VARIANT)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from benchmarks.peers import DEVICE, FORMATS, compare, onnxruntime_call, rows
+from benchmarks.peers import DEVICE, FORMATS, compare, onnxruntime_call, row_of, rows
 from dlkernels import models, ops
-from dlkernels.measure import interleaved_medians, peak_cpu_memory
+from dlkernels.measure import interleaved_timings, peak_cpu_memory
 
 # (C, H, K, stride): every distinct depthwise convolution of EfficientNet-B0 at 224 px, then of B4
 # at 380 px.
@@ -103,20 +103,11 @@ def test_efficientnet(benchmark, name, mode):
     }
     if kind == "inference":
         calls["onnxruntime"] = onnxruntime_call(theirs, x)
-    medians = interleaved_medians(calls, rounds=5, warmup=1)
+    timings = interleaved_timings({k: c for k, c in calls.items() if c is not None}, rounds=5)
     memory = {
         label: peak_cpu_memory(lambda model=model: model(x).sum()) / 2**20
         for label, model in {"dlkernels": ours, "eager": theirs}.items()
     }
-    fused = min(medians[label] for label in list(calls)[:2])
-    best = min(list(calls)[2:], key=medians.__getitem__)
-    rows.append(
-        {
-            "benchmark": benchmark.name.removeprefix("test_"),
-            **{f"{label} ms": 1e3 * medians[label] for label in calls},
-            "best peer": best,
-            "ratio to best": fused / medians[best],
-            **{f"{label} MiB": memory[label] for label in memory},
-        }
-    )
+    name = benchmark.name.removeprefix("test_")
+    rows.append(row_of(name, calls, timings, memory, ("dlkernels, channels_last",)))
     benchmark.pedantic(calls["dlkernels"], rounds=1, iterations=1)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
-from dlkernels import backend
+from dlkernels import backend, bench, report
 from dlkernels.version import __version__
+
+BENCH = bench.OUTPUT
+TRAFFIC = Path("out/gpu-traffic.jsonl")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -21,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     demo.add_argument("--output", default="out/demo.png", help="where the chart goes")
     demo.set_defaults(run=_run_demo)
     _add_detect(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -53,6 +57,43 @@ def _run_detect(options: argparse.Namespace) -> None:
         print(detect_files(options.images, detector, classes, options.output, options.threshold))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    timing = commands.add_parser("bench", help="times a family, a model or all beside their peers")
+    timing.add_argument("name", nargs="?", help="a family, or a model of torchvision or timm")
+    timing.add_argument("--output", type=Path, default=BENCH, help="JSON that rows are added to")
+    timing.add_argument("--batch", type=int, help="images, for models")
+    timing.add_argument("--size", type=int, help="pixels a side, for models")
+    timing.add_argument("--eager-only", action="store_true", help="models without torch.compile")
+    timing.set_defaults(run=_run_bench)
+    page = commands.add_parser("report", help="writes the figures of bench as one HTML page")
+    page.add_argument("--bench", type=Path, default=BENCH, help="what bench wrote")
+    page.add_argument("--traffic", type=Path, default=TRAFFIC, help="what the GPU proof counted")
+    page.add_argument("--output", type=Path, default=Path("out/report.html"))
+    page.set_defaults(run=_run_report)
+
+
+def _run_bench(options: argparse.Namespace) -> None:
+    arguments = ["--eager-only"] if options.eager_only else []
+    for name in ("batch", "size"):
+        if getattr(options, name) is not None:
+            arguments += [f"--{name}", str(getattr(options, name))]
+    try:
+        code = bench.run(options.name, options.output, arguments)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if code:
+        raise SystemExit(code)
+
+
+def _run_report(options: argparse.Namespace) -> None:
+    rows = bench.read_rows(options.bench)
+    if not rows:
+        raise SystemExit(f"error: {options.bench} has no figures; run python -m dlkernels bench")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(report.page(rows, report.read_traffic(options.traffic)))
+    print(f"the report is in {options.output}")
 
 
 def info_text() -> str:

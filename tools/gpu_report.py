@@ -17,7 +17,8 @@ STEPS = {
     "What this build holds": ["-m", "dlkernels", "info"],
     "Tests": ["-m", "pytest", "tests", "-q"],
     "Triton kernels in the interpreter": ["-m", "pytest", "tests/gpu_proof", "-q"],
-    "Benchmarks": ["-m", "pytest", "benchmarks", "--benchmark-only", "-q"],
+    "Benchmarks": ["-m", "dlkernels", "bench"],
+    "Page of the benchmarks, out/report.html": ["-m", "dlkernels", "report"],
 }
 
 

@@ -11,6 +11,8 @@ from unittest import mock
 import numpy as np
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
+from tests.gpu_proof.record import record
+
 SECTOR = 32
 
 
@@ -73,6 +75,7 @@ def count_traffic() -> Iterator[Traffic]:
         mock.patch.object(InterpreterBuilder, "create_atomic_rmw", counted_atomic),
     ):
         yield traffic
+    record(traffic.loaded, traffic.stored)
 
 
 def _item_size(ptrs: Any) -> int:

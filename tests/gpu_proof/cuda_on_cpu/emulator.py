@@ -6,6 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.gpu_proof.record import record
+
 HERE = Path(__file__).parent
 FLAGS = [
     *("-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas"),
@@ -42,4 +44,6 @@ def run_program(program: Path, *arguments: str, given: bytes = b"") -> subproces
 def traffic_of(result: subprocess.CompletedProcess) -> list[tuple[int, int]]:
     """Bytes that each launch of a counted program loaded from and stored to global memory."""
     lines = [line.split() for line in result.stderr.decode().splitlines()]
-    return [(int(loaded), int(stored)) for word, loaded, stored in lines if word == "traffic"]
+    moved = [(int(loaded), int(stored)) for word, loaded, stored in lines if word == "traffic"]
+    record(sum(loaded for loaded, _ in moved), sum(stored for _, stored in moved))
+    return moved
