@@ -40,6 +40,7 @@ def max_iou_assign(
     little: Ren et al., "Faster R-CNN" (2015), section 3.1.2, as torchvision's matcher does it.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: an :class:`AnchorGrid`, or boxes x1 y1 x2 y2, [A, 4] or [B, A, 4] for a set per
@@ -125,6 +126,7 @@ def yolo_assign(
     (ties: the lower index). A box whose centre lies outside a level's grid gets no anchor there.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: the grid; its base anchors are the priors of each level.
@@ -231,6 +233,7 @@ def fcos_assign(
     Object Detector" (2020), section 3.1. No location is ignored.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: as in :func:`max_iou_assign`; their centres are the locations.
