@@ -507,7 +507,7 @@ def combine_statistics(
     """Mean and biased variance [C] of the parts [rows, 2, C] that kernels wrote.
 
     Args:
-        x: maps whose first values the means are counted from; None for zero.
+        x: maps whose first values the means are counted from, or these values; None for zero.
         partial: mean and squared deviations of each row.
         extents: those of Rows.
         stride_c: of ``x``.

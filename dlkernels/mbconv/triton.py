@@ -2,9 +2,9 @@
 
 A lane of a program owns a strip of a few columns and walks down a band of rows. What it has read of
 a row it keeps in registers until the last tap has used it, so that the norm and activation of an
-input, or the gradient of a raw output, are computed once for all rows of taps and once or twice for
-its columns, and are never stored. Neighbouring strips and bands overlap by the taps' reach: those
-values come out of the first- and second-level caches again.
+input, or the gradient of a raw output, are computed once for all rows of taps, and never stored.
+Neighbouring strips and bands overlap by the taps' reach: those values come out of the first- and
+second-level caches again, and are computed again.
 
 Forward, the pass over ``x`` writes the raw output and gathers its statistics (Welford's rule in
 each lane), or, where statistics are given, the activated output and its sums for the pool.
@@ -42,21 +42,24 @@ from dlkernels.memory_format import empty_maps, memory_format_of, new_maps, to_f
 from dlkernels.triton_support import Budget, alignment_of, launch
 
 THREADS = 128
-# Rows of a band: at most, and at least where fewer programs than these would keep a GPU waiting.
+# Rows of a band at most, and at least: lower bands give more programs, as many as a GPU needs.
 HIGHEST_BAND, LOWEST_BAND = 16, 4
 PROGRAMS = 512
 # Channels of a tile of channels_last maps, at least if there are so many.
 CHANNELS = 32
 # For each kernel size the columns of a strip, and the channels or strips of a thread: as many as
-# its registers hold. Backward, columns are those of x, whatever the stride.
-FORWARD_COLUMNS = {3: 4, 5: 4, 7: 4}
+# its registers hold. Backward, columns are those of x, no fewer than the stride.
+FORWARD_COLUMNS = {3: 4, 5: 4, 7: 2}
 FORWARD_ELEMENTS = {3: 4, 5: 2, 7: 2}
 BACKWARD_COLUMNS = {3: 4, 5: 4, 7: 1}
 BACKWARD_ELEMENTS = {3: 2, 5: 1, 7: 1}
+# For kernels of 7 the assembler would spill a few registers to fit one more program on a processor,
+# unless it is told how many it may use.
+BACKWARD_REGISTERS = {7: {"maxnreg": 248}}
 
 BUDGETS = {
-    "depthwise_kernel": Budget(registers=168, shared=16384),
-    "depthwise_backward_kernel": Budget(registers=232, shared=16384),
+    "depthwise_kernel": Budget(registers=192, shared=2048),
+    "depthwise_backward_kernel": Budget(registers=248, shared=4096),
 }
 
 
@@ -73,10 +76,12 @@ def _place(first_sample, lane, strips, bands, band):
 @triton.jit
 def _at(maps, sample, c, y, x, channels, height, width, CHANNELS_LAST: tl.constexpr):
     """Pointers [channels, lanes] to the pixels (y, x)."""
-    stride_c = 1 if CHANNELS_LAST else height.to(tl.int64) * width
-    stride_a = channels if CHANNELS_LAST else 1
-    pixel = sample * channels * height * width + (y.to(tl.int64) * width + x) * stride_a
-    return maps + (c[:, None] * stride_c + pixel[None, :])
+    pixel = y.to(tl.int64) * width + x
+    if CHANNELS_LAST:
+        pixel = pixel * channels
+    else:
+        c = c * height * width
+    return maps + (c[:, None] + (sample * channels * height * width + pixel)[None, :])
 
 
 @triton.jit
@@ -189,6 +194,7 @@ def depthwise_kernel(
     out,
     statistics,
     sizes,
+    origins,
     sums,
     channels,
     height,
@@ -215,9 +221,9 @@ def depthwise_kernel(
 ):
     """Raw output and its statistics, or the activated output (and the raw one) and its sums.
 
-    Statistics are those of a program, mean and squared deviations; sizes are how many values. A
-    lane reads STRIDE rows at a time, which are taps of DEPTH rows of the output: so many are
-    under way at once, the one begun last before the others.
+    Statistics are those of a program, mean less the channel's origin and squared deviations; sizes
+    are how many values. A lane reads STRIDE rows at a time, which are taps of DEPTH rows of the
+    output: so many are under way at once, the one begun last before the others.
     """
     DEPTH: tl.constexpr = (SIZE + STRIDE - 1) // STRIDE
     if CHANNELS_LAST:
@@ -241,6 +247,19 @@ def depthwise_kernel(
         )
     if norm_mean is not None:
         after = norm_of_channels(norm_weight, norm_bias, norm_mean, norm_var, c, exists, eps)
+    if origins is not None:
+        # Any value near the mean: what the convolution would make of a map of this one pixel.
+        at = x + (c * height + height // 2) * width + width // 2
+        if CHANNELS_LAST:
+            at = x + (height // 2 * width + width // 2) * channels + c
+        middle = tl.load(at, exists, other=0).to(tl.float32)
+        if input_mean is not None:
+            _, z = _normalise(middle[:, None], before)
+            middle = tl.reshape(activate(z, 0.0, INPUT_ACTIVATION), (BLOCK_C,))
+        origin = tl.zeros((BLOCK_C,), tl.float32)
+        for tap in tl.static_range(SIZE * SIZE):
+            origin += tl.load(weights + tap * BLOCK_C) * middle
+        origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
     count = tl.zeros((1, BLOCK_S), tl.float32)
     mean = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
@@ -276,12 +295,6 @@ def depthwise_kernel(
         y = first_y + dy
         rows = started & (lane < lanes) & (y < out_height)
         if raw is not None:
-            # Statistics and what follows are those of the values as they are stored.
-            rounded = ()
-            for i in tl.static_range(COLUMNS):
-                value = finished[i].to(raw.dtype.element_ty).to(tl.float32)
-                rounded = rounded + (value,)
-            finished = rounded
             _store(
                 raw,
                 finished,
@@ -309,6 +322,7 @@ def depthwise_kernel(
             value = finished[i]
             if norm_mean is None:
                 count += inside[None, :].to(tl.float32)
+                value -= origin[:, None]
                 deviation = tl.where(mask, value - mean, 0.0)
                 mean += deviation * (1 / tl.where(count > 0, count, 1.0))
                 squares += tl.where(mask, deviation * (value - mean), 0.0)
@@ -344,6 +358,7 @@ def depthwise_kernel(
         tl.store(statistics + 2 * row * channels + c, whole, exists)
         tl.store(statistics + (2 * row + 1) * channels + c, squared, exists)
         tl.store(sizes + row + tl.zeros_like(c), total, c == 0)
+        tl.store(origins + c, origin, exists & (row == 0))
     if sums is not None:
         tl.store(sums + row * channels + c, tl.sum(mean, 1), exists)
 
@@ -628,6 +643,7 @@ def depthwise_conv_bn_act(
     strips = _Strips(x, out_height, out_width, FORWARD_COLUMNS[size], FORWARD_ELEMENTS[size])
     statistics = x.new_empty((strips.rows, 2, channels), dtype=torch.float32)
     sizes = statistics.new_empty((strips.rows,))
+    origins = statistics.new_zeros((channels,))
     sums = statistics.new_empty((samples, strips.blocks, channels))
     launch(
         depthwise_kernel,
@@ -638,7 +654,11 @@ def depthwise_conv_bn_act(
             *(map(contiguous, before) if has_input_norm else (None,) * 4),
         ),
         *(*map(contiguous, after), raw if keep_raw else None, out if given else None),
-        *((None, None, sums if pool else None) if given else (statistics, sizes, None)),
+        *(
+            (None, None, None, sums if pool else None)
+            if given
+            else (statistics, sizes, origins, None)
+        ),
         *(channels, height, width, out_height, out_width, top, left, *strips.extents),
         *(input_eps, eps),
         SIZE=size,
@@ -650,7 +670,7 @@ def depthwise_conv_bn_act(
     pooled = statistics.new_empty((0, channels))
     if norm_mean is None or norm_var is None:
         extents = samples, channels, out_height * out_width, 1, 1, 1
-        norm_mean, norm_var = combine_statistics(None, statistics, extents, 1, sizes)
+        norm_mean, norm_var = combine_statistics(origins, statistics, extents, 1, sizes)
         after = norm_weight, norm_bias, norm_mean, norm_var
         out, pooled, *_ = batch_norm_act(raw, *after, None, None, eps, activation, 0.0, pool)
     elif pool:
@@ -717,6 +737,7 @@ def depthwise_conv_bn_act_backward(
         INPUT_ACTIVATION=input_activation,
         INPUT_BATCH_STATISTICS=input_batch_statistics,
         **strips.options,
+        **BACKWARD_REGISTERS.get(size, {}),
     )
     grad_weight = add_up(parts).t().contiguous().view(weight.shape)
     if input_parts is None:
