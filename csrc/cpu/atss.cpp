@@ -1,6 +1,5 @@
 #include "kernels/atss.h"
 
-#include <tuple>
 #include <vector>
 
 #include "../include/atss_checks.h"
@@ -47,113 +46,85 @@ class Workspace {
   std::vector<float> floats_;
 };
 
-std::tuple<Tensor, Tensor> assign(
-    const atss::Anchors& anchors,
-    bool grid,
-    const Tensor& gt_boxes,
-    const Tensor& num_gt,
-    const std::optional<Tensor>& gt_ignore,
-    const std::optional<Tensor>& valid,
-    int64_t k,
-    double ignore_iof_thr) {
-  using torch::headeronly::ScalarType;
-  const auto& kernels = atss_kernels();
-  const int64_t images = gt_boxes.size(0);
-  const int64_t items = images * anchors.count;
-  Tensor assigned = torch::stable::new_zeros(
-      gt_boxes, {images, anchors.count}, ScalarType::Long);
-  Tensor iou = empty_float(gt_boxes, {images, anchors.count});
-  auto* assigned_data = assigned.mutable_data_ptr<int64_t>();
-  auto* iou_data = iou.mutable_data_ptr<float>();
-
-  std::optional<Tensor> exclusions;
-  if (gt_ignore || valid) {
-    exclusions = torch::stable::new_empty(gt_boxes, {items}, ScalarType::Byte);
+struct Cpu {
+  static const Tensor& readable(const Tensor& boxes) {
+    return boxes;
   }
-  const atss::Assign args{
-      anchors,
-      grid,
-      images,
-      gt_boxes.size(1),
-      gt_boxes.const_data_ptr<float>(),
-      num_gt.const_data_ptr<int64_t>(),
-      k,
-      slots_of(anchors, k),
-      exclusions ? static_cast<atss::Exclusion*>(exclusions->mutable_data_ptr())
-                 : nullptr,
-      reinterpret_cast<uint64_t*>(assigned_data)};
 
-  if (exclusions) {
-    const atss::Exclude exclude =
-        exclude_of(anchors, gt_ignore, valid, ignore_iof_thr);
-    parallel_for(
-        items, 8 + 8 * exclude.num_ignore, [&](int64_t begin, int64_t end) {
-          kernels.exclude(args, exclude, begin, end);
-        });
+  static std::tuple<Tensor, Tensor> assign(
+      const atss::Anchors& anchors,
+      bool grid,
+      const Tensor& gt_boxes,
+      const Tensor& num_gt,
+      const std::optional<Tensor>& gt_ignore,
+      const std::optional<Tensor>& valid,
+      int64_t k,
+      double ignore_iof_thr) {
+    using torch::headeronly::ScalarType;
+    const auto& kernels = atss_kernels();
+    const int64_t images = gt_boxes.size(0);
+    const int64_t items = images * anchors.count;
+    Tensor assigned = torch::stable::new_zeros(
+        gt_boxes, {images, anchors.count}, ScalarType::Long);
+    Tensor iou = empty_float(gt_boxes, {images, anchors.count});
+    auto* assigned_data = assigned.mutable_data_ptr<int64_t>();
+    auto* iou_data = iou.mutable_data_ptr<float>();
+
+    std::optional<Tensor> exclusions;
+    if (gt_ignore || valid) {
+      exclusions =
+          torch::stable::new_empty(gt_boxes, {items}, ScalarType::Byte);
+    }
+    const atss::Assign args{
+        anchors,
+        grid,
+        images,
+        gt_boxes.size(1),
+        gt_boxes.const_data_ptr<float>(),
+        num_gt.const_data_ptr<int64_t>(),
+        k,
+        slots_of(anchors, k),
+        exclusions
+            ? static_cast<atss::Exclusion*>(exclusions->mutable_data_ptr())
+            : nullptr,
+        reinterpret_cast<uint64_t*>(assigned_data)};
+
+    if (exclusions) {
+      const atss::Exclude exclude =
+          exclude_of(anchors, gt_ignore, valid, ignore_iof_thr);
+      parallel_for(
+          items, 8 + 8 * exclude.num_ignore, [&](int64_t begin, int64_t end) {
+            kernels.exclude(args, exclude, begin, end);
+          });
+    }
+    // Excluded anchors are left out of the centres, so each image has its own.
+    const bool shared = anchors.image_stride == 0 && !exclusions;
+    const int64_t num_centres = grid ? 0 : shared ? anchors.count : items;
+    Tensor centre_tensor = empty_float(gt_boxes, {2, num_centres});
+    auto* x = centre_tensor.mutable_data_ptr<float>();
+    const AtssCentres centres{x, x + num_centres, shared ? 0 : anchors.count};
+    parallel_for(num_centres, 4, [&](int64_t begin, int64_t end) {
+      kernels.centres(args, centres, begin, end);
+    });
+
+    const std::vector<AtssBox> boxes = boxes_of(args);
+    const int64_t cost = 32 * args.slots + (grid ? 0 : anchors.count / 4);
+    parallel_for(boxes.size(), cost, [&](int64_t begin, int64_t end) {
+      Workspace workspace(args);
+      kernels.claim(args, centres, boxes.data(), workspace.view(), begin, end);
+    });
+    parallel_for(items, 4, [&](int64_t begin, int64_t end) {
+      kernels.resolve(args, assigned_data, iou_data, begin, end);
+    });
+    return {assigned, iou};
   }
-  // Excluded anchors are left out of the centres, so each image has its own.
-  const bool shared = anchors.image_stride == 0 && !exclusions;
-  const int64_t num_centres = grid ? 0 : shared ? anchors.count : items;
-  Tensor centre_tensor = empty_float(gt_boxes, {2, num_centres});
-  auto* x = centre_tensor.mutable_data_ptr<float>();
-  const AtssCentres centres{x, x + num_centres, shared ? 0 : anchors.count};
-  parallel_for(num_centres, 4, [&](int64_t begin, int64_t end) {
-    kernels.centres(args, centres, begin, end);
-  });
-
-  const std::vector<AtssBox> boxes = boxes_of(args);
-  const int64_t cost = 32 * args.slots + (grid ? 0 : anchors.count / 4);
-  parallel_for(boxes.size(), cost, [&](int64_t begin, int64_t end) {
-    Workspace workspace(args);
-    kernels.claim(args, centres, boxes.data(), workspace.view(), begin, end);
-  });
-  parallel_for(items, 4, [&](int64_t begin, int64_t end) {
-    kernels.resolve(args, assigned_data, iou_data, begin, end);
-  });
-  return {assigned, iou};
-}
-
-std::tuple<Tensor, Tensor> atss_assign(
-    const Tensor& anchors_,
-    std::vector<int64_t> num_level_anchors,
-    const Tensor& gt_boxes,
-    const Tensor& num_gt,
-    const std::optional<Tensor>& gt_ignore,
-    const std::optional<Tensor>& valid,
-    int64_t k,
-    double ignore_iof_thr) {
-  const atss::Anchors anchors = anchors_of(anchors_, num_level_anchors);
-  check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
-  STD_TORCH_CHECK(
-      anchors_.dim() == 2 || anchors_.size(0) == gt_boxes.size(0),
-      "anchors must have as many images as gt_boxes");
-  return assign(
-      anchors, false, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
-}
-
-std::tuple<Tensor, Tensor> atss_assign_grid(
-    const Tensor& base_anchors,
-    std::vector<int64_t> sizes,
-    std::vector<int64_t> strides,
-    double offset,
-    const Tensor& gt_boxes,
-    const Tensor& num_gt,
-    const std::optional<Tensor>& gt_ignore,
-    const std::optional<Tensor>& valid,
-    int64_t k,
-    double ignore_iof_thr) {
-  const atss::Anchors anchors =
-      anchors_of(base_anchors, sizes, strides, offset);
-  check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
-  return assign(
-      anchors, true, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
-}
+};
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, m) {
-  m.impl("atss_assign", TORCH_BOX(&atss_assign));
-  m.impl("atss_assign_grid", TORCH_BOX(&atss_assign_grid));
+  m.impl("atss_assign", TORCH_BOX(&AtssOps<Cpu>::assign));
+  m.impl("atss_assign_grid", TORCH_BOX(&AtssOps<Cpu>::assign_grid));
 }
 
 }  // namespace dlkernels

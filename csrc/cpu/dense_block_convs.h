@@ -212,7 +212,8 @@ class Block {
   }
 
   Tensor packed(int64_t index, bool transposed) const {
-    const Tensor weight = as_contiguous(parameters_.weights[index]);
+    const MemoryFormat format = memory_format_of(parameters_.weights[index]);
+    const Tensor weight = in_format(parameters_.weights[index], format);
     const int64_t out = weight.size(0), in = weight.size(1);
     const int64_t rows = transposed ? out : in;
     const int64_t columns = transposed ? in : out;
@@ -220,6 +221,7 @@ class Block {
         empty_float(like_, {packed_size(kernel(index), rows, columns)});
     const PackArgs args{
         weight.const_data_ptr(),
+        format == MemoryFormat::ChannelsLast,
         scalar_type_of(weight, "weights"),
         kernel(index),
         in,

@@ -1,5 +1,4 @@
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -7,17 +6,11 @@
 #include <tuple>
 
 #include "../include/squeeze_excite_checks.h"
+#include "current_stream.h"
 #include "kernels/squeeze_excite.h"
 
 namespace dlkernels::cuda {
 namespace {
-
-Stream stream_of(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<Stream>(stream);
-}
 
 Maps maps_of(const Tensor& x, MemoryFormat format) {
   return {

@@ -4,6 +4,7 @@
 // how they read its arguments. Messages for users come from
 // dlkernels/atss/op.py; these guard direct calls of the dispatcher's ops.
 
+#include <tuple>
 #include <vector>
 
 #include "atss.h"
@@ -154,5 +155,48 @@ inline int64_t slots_of(const atss::Anchors& anchors, int64_t k) {
   }
   return slots;
 }
+
+// The dispatcher's two ops on a device. Device::readable(boxes) are the boxes
+// where its kernels can read them, Device::assign does the work.
+template <typename Device>
+struct AtssOps {
+  static std::tuple<Tensor, Tensor> assign(
+      const Tensor& anchors_,
+      std::vector<int64_t> num_level_anchors,
+      const Tensor& gt_boxes,
+      const Tensor& num_gt,
+      const std::optional<Tensor>& gt_ignore,
+      const std::optional<Tensor>& valid,
+      int64_t k,
+      double ignore_iof_thr) {
+    const Tensor boxes = Device::readable(anchors_);
+    const atss::Anchors anchors = anchors_of(boxes, num_level_anchors);
+    check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
+    STD_TORCH_CHECK(
+        boxes.dim() == 2 || boxes.size(0) == gt_boxes.size(0),
+        "anchors must have as many images as gt_boxes");
+    return Device::assign(
+        anchors, false, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
+  }
+
+  static std::tuple<Tensor, Tensor> assign_grid(
+      const Tensor& base_anchors_,
+      std::vector<int64_t> sizes,
+      std::vector<int64_t> strides,
+      double offset,
+      const Tensor& gt_boxes,
+      const Tensor& num_gt,
+      const std::optional<Tensor>& gt_ignore,
+      const std::optional<Tensor>& valid,
+      int64_t k,
+      double ignore_iof_thr) {
+    const Tensor base_anchors = Device::readable(base_anchors_);
+    const atss::Anchors anchors =
+        anchors_of(base_anchors, sizes, strides, offset);
+    check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
+    return Device::assign(
+        anchors, true, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
+  }
+};
 
 }  // namespace dlkernels

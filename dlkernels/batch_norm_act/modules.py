@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -75,22 +77,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
         pool: bool = False,
     ) -> BatchNormActOutput:
         """Calls the op and, in training, updates the running statistics."""
-        mean, var = statistics_of(self)
-        result = batch_norm_act(
+        return norm_act(
+            self,
             input,
-            self.weight,
-            self.bias,
-            mean,
-            var,
             residual,
             sample_scale,
-            eps=self.eps,
             activation=self.activation,
             negative_slope=self.negative_slope,
             pool=pool,
         )
-        update_running_statistics(self, result.mean, result.var, values_per_channel(input))
-        return result
 
     def extra_repr(self) -> str:
         """The options, as ``print(module)`` shows them."""
@@ -155,6 +150,30 @@ def convert_sync_batchnorm(
     for name, child in list(module.named_children()):
         setattr(module, name, convert_sync_batchnorm(child, process_group))
     return module
+
+
+def norm_act(
+    norm: nn.BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+    **options: Any,
+) -> BatchNormActOutput:
+    """Calls the op with what ``norm`` holds and, in training, updates its running statistics.
+
+    Args:
+        norm: a batch norm of its own process.
+        input: maps [N, C, H, W].
+        residual: as in :func:`dlkernels.ops.batch_norm_act`.
+        sample_scale: likewise.
+        options: ``activation``, ``negative_slope`` and ``pool``, likewise.
+    """
+    mean, var = statistics_of(norm)
+    result = batch_norm_act(
+        input, norm.weight, norm.bias, mean, var, residual, sample_scale, eps=norm.eps, **options
+    )
+    update_running_statistics(norm, result.mean, result.var, values_per_channel(input))
+    return result
 
 
 def values_per_channel(maps: Tensor) -> int:

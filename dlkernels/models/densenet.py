@@ -17,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlkernels.batch_norm_act.modules import norm_act
 from dlkernels.dense_block.modules import DenseBlock, Transition
 
 
@@ -74,15 +75,16 @@ class DenseNet(nn.Module):
         """
         maps: list[Tensor] = []
         for name, module in self.features.named_children():
-            x = module(x)
+            if name == "relu0":
+                continue  # part of the pass of the norm before it
+            x = _norm_relu(module, x) if name.startswith("norm") else module(x)
             if name.startswith("denseblock"):
                 maps.append(x)
-        return [*maps[:-1], F.relu(x)]
+        return [*maps[:-1], x]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
-        features = F.relu(self.features(x), inplace=True)
-        return self.classifier(features.mean((2, 3)))
+        return self.classifier(self.forward_features(x)[-1].mean((2, 3)))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
@@ -93,6 +95,13 @@ class DenseNet(nn.Module):
             if renamed != key:
                 state_dict[renamed] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+
+def _norm_relu(norm: nn.Module, x: Tensor) -> Tensor:
+    """Batch norm and ReLU in one pass, unless the norm is one of another kind, or has hooks."""
+    if type(norm) is not nn.BatchNorm2d or norm._forward_hooks or norm._forward_pre_hooks:
+        return F.relu(norm(x))
+    return norm_act(norm, x, activation="relu").out
 
 
 _OLD_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")

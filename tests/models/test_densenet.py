@@ -1,5 +1,6 @@
 """DenseNet against torchvision and timm."""
 
+import copy
 import re
 
 import pytest
@@ -30,6 +31,27 @@ def test_same_logits_and_running_statistics_as_torchvision():
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers(), strict=True):
         assert relative_error(a, b) < 1e-4, name
     assert relative_error(ours.eval()(x), theirs.eval()(x)) < 1e-4
+
+
+def test_weights_in_channels_last_give_the_same_numbers():
+    contiguous = DenseBlock(2, 20, 4, 12)
+    other = copy.deepcopy(contiguous).to(memory_format=torch.channels_last)
+    assert not other.denselayer1.conv2.weight.is_contiguous()
+    x = torch.randn(2, 20, 16, 16)
+    outputs = [block(x) for block in (contiguous, other)]
+    assert torch.equal(*outputs)
+    for out in outputs:
+        out.sum().backward()
+    for a, b in zip(contiguous.parameters(), other.parameters(), strict=True):
+        assert torch.equal(b.grad, a.grad)
+
+
+def test_norms_of_all_processes_keep_their_relu():
+    network = models.densenet121().eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = network(x)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    assert relative_error(converted(x), before) < 1e-5
 
 
 def test_state_dict_of_timm():

@@ -195,28 +195,51 @@ DLKERNELS_INLINE int64_t packed_row(
          (out - block - panel);
 }
 
-// From [out, in, taps] for the outputs [begin, end): squares of outputs by
-// inputs and taps, transposed.
-template <int64_t kTaps, typename T>
-DLKERNELS_INLINE void pack_forward(
-    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
-  const int64_t size = args.in * kTaps;
+// From `size` neighbouring values of each of the outputs [begin, end), which
+// lie `step` apart: squares of outputs by values, transposed. place(i) is where
+// value i of the outputs from `out` on goes.
+template <typename T, typename Place>
+DLKERNELS_INLINE void pack_values(
+    const PackArgs& args,
+    const T* weight,
+    int64_t size,
+    int64_t begin,
+    int64_t end,
+    const Place& place) {
+  const int64_t step = args.kernel * args.kernel * args.in;
   for (int64_t out = begin; out < end; out += kVecSize) {
     for_each_vec(size, [&](int64_t i, auto lanes) {
       Vec values[kVecSize];
       for (int64_t k = 0; k < kVecSize; ++k) {
         values[k] = out + k < args.out
-                        ? load(weight + (out + k) * size + i, lanes)
+                        ? load(weight + (out + k) * step + i, lanes)
                         : Vec{};
       }
       transpose(values);
       const int64_t stop = smaller(kVecSize, size - i);
       for (int64_t k = 0; k < stop; ++k) {
-        const int64_t row = packed_row(
-            kTaps, args.in, (i + k) / kTaps, (i + k) % kTaps, args.out, out);
-        store(args.packed + row, values[k]);
+        store(args.packed + place(i + k, out), values[k]);
       }
     });
+  }
+}
+
+// The matrix from inputs to outputs, for the outputs [begin, end).
+template <int64_t kTaps, typename T>
+DLKERNELS_INLINE void pack_forward(
+    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
+  if (!args.channels_last) {
+    const auto place = [&](int64_t i, int64_t out) {
+      return packed_row(kTaps, args.in, i / kTaps, i % kTaps, args.out, out);
+    };
+    pack_values(args, weight, args.in * kTaps, begin, end, place);
+    return;
+  }
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    const auto place = [&](int64_t in, int64_t out) {
+      return packed_row(kTaps, args.in, in, tap, args.out, out);
+    };
+    pack_values(args, weight + tap * args.in, args.in, begin, end, place);
   }
 }
 
@@ -234,13 +257,16 @@ template <int64_t kTaps, typename T>
 DLKERNELS_INLINE void pack_transposed(
     const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
   const int64_t stop = smaller(end, args.in);
+  const int64_t to_input = args.channels_last ? 1 : kTaps;
+  const int64_t to_tap = args.channels_last ? args.in : 1;
   for (int64_t out = 0; out < args.out; ++out) {
     for (int64_t tap = 0; tap < kTaps; ++tap) {
-      const T* from = weight + (out * args.in + begin) * kTaps + tap;
+      const T* from =
+          weight + out * args.in * kTaps + begin * to_input + tap * to_tap;
       float* to =
           args.packed + packed_row(kTaps, args.out, out, tap, args.in, begin);
       for (int64_t i = 0; i < end - begin; ++i) {
-        to[i] = begin + i < stop ? value_of(from + i * kTaps) : 0.0f;
+        to[i] = begin + i < stop ? value_of(from + i * to_input) : 0.0f;
       }
     }
   }

@@ -124,6 +124,7 @@ static inline int64_t packed_size(int64_t kernel, int64_t in, int64_t out) {
 
 struct PackArgs {
   const void* weight;  // [out, in, kernel, kernel]
+  bool channels_last;  // or contiguous
   ScalarType dtype;
   int64_t kernel;
   int64_t in;
