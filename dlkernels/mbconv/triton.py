@@ -179,6 +179,18 @@ def _add_products(
 
 
 @triton.jit
+def _response(weights, pixel, SIZE: tl.constexpr, CHANNELS: tl.constexpr):
+    """What the convolution makes of maps that are this pixel [channels, 1] everywhere.
+
+    Statistics are counted from it, since it is near the mean; any finite value would do.
+    """
+    total = tl.zeros((CHANNELS, 1), tl.float32)
+    for tap in range(SIZE * SIZE):
+        total += tl.load(weights + tap * CHANNELS)[:, None] * pixel
+    return tl.where(tl.abs(total) < float("inf"), total, 0.0)
+
+
+@triton.jit
 def depthwise_kernel(
     x,
     taps,
@@ -248,18 +260,12 @@ def depthwise_kernel(
     if norm_mean is not None:
         after = norm_of_channels(norm_weight, norm_bias, norm_mean, norm_var, c, exists, eps)
     if origins is not None:
-        # Any value near the mean: what the convolution would make of a map of this one pixel.
-        at = x + (c * height + height // 2) * width + width // 2
-        if CHANNELS_LAST:
-            at = x + (height // 2 * width + width // 2) * channels + c
-        middle = tl.load(at, exists, other=0).to(tl.float32)
+        middle = (tl.zeros((1,), tl.int64) + height // 2) * width + width // 2
+        first = x + (middle * channels + c if CHANNELS_LAST else c * height * width + middle)
+        pixel = tl.load(first, exists, other=0).to(tl.float32)[:, None]
         if input_mean is not None:
-            _, z = _normalise(middle[:, None], before)
-            middle = tl.reshape(activate(z, 0.0, INPUT_ACTIVATION), (BLOCK_C,))
-        origin = tl.zeros((BLOCK_C,), tl.float32)
-        for tap in tl.static_range(SIZE * SIZE):
-            origin += tl.load(weights + tap * BLOCK_C) * middle
-        origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
+            pixel = activate(_normalise(pixel, before)[1], 0.0, INPUT_ACTIVATION)
+        origin = _response(weights, pixel, SIZE, BLOCK_C)
     count = tl.zeros((1, BLOCK_S), tl.float32)
     mean = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
@@ -322,7 +328,7 @@ def depthwise_kernel(
             value = finished[i]
             if norm_mean is None:
                 count += inside[None, :].to(tl.float32)
-                value -= origin[:, None]
+                value -= origin
                 deviation = tl.where(mask, value - mean, 0.0)
                 mean += deviation * (1 / tl.where(count > 0, count, 1.0))
                 squares += tl.where(mask, deviation * (value - mean), 0.0)
@@ -358,7 +364,7 @@ def depthwise_kernel(
         tl.store(statistics + 2 * row * channels + c, whole, exists)
         tl.store(statistics + (2 * row + 1) * channels + c, squared, exists)
         tl.store(sizes + row + tl.zeros_like(c), total, c == 0)
-        tl.store(origins + c, origin, exists & (row == 0))
+        tl.store(origins + c, tl.sum(origin, 1), exists & (row == 0))
     if sums is not None:
         tl.store(sums + row * channels + c, tl.sum(mean, 1), exists)
 
