@@ -29,6 +29,7 @@ from dlkernels.mbconv.reference import Norm
 from dlkernels.memory_format import memory_format_of
 from dlkernels.watch import watched
 
+_TRITON = "dlkernels.mbconv.triton"
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 
@@ -307,6 +308,7 @@ _OP = backend.define(
     "int stride, int[] padding, bool pool, bool keep_raw) -> (Tensor out, Tensor raw, "
     "Tensor pooled, Tensor mean, Tensor var, Tensor input_mean, Tensor input_var)",
     _fake,
+    _TRITON,
 )
 _BACKWARD_OP = backend.define(
     "depthwise_conv_bn_act_backward",
@@ -316,6 +318,7 @@ _BACKWARD_OP = backend.define(
     "int[] padding) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm_weight, "
     "Tensor grad_norm_bias, Tensor grad_input_weight, Tensor grad_input_bias)",
     _fake_backward,
+    _TRITON,
 )
 backend.register_autograd("depthwise_conv_bn_act", _backward, _setup_context)
 backend.refuse_double_backward("depthwise_conv_bn_act_backward")
