@@ -3,6 +3,8 @@
 # make gpu     on a machine with a GPU: all tests and benchmarks, and a report of them
 # make report  benchmarks, GPU traffic, and a page of both in out/report.html
 # make wheel VARIANT=cpu|cu126|cu128|cu130    a wheel in dist/; make wheels: all possible here
+# make fuzz    10,000 random calls of all ops; CASES=number for more or fewer
+# make sanitize    the tests of all ops on CPU kernels with Address- and UndefinedBehaviorSanitizer
 # VENV=folder  reuses an environment elsewhere
 
 VENV ?= .venv
@@ -15,8 +17,9 @@ export PYTHONPATH := $(CURDIR)
 
 VARIANT ?= cpu
 TORCH ?= 2.13.0
+CASES ?= 10000
 
-.PHONY: demo test gpu bench traffic report wheel wheels sdist test-torch setup build lint types format clean
+.PHONY: demo test fuzz sanitize gpu bench traffic report wheel wheels sdist test-torch setup build lint types format clean
 
 demo: build
 	$(PY) -m dlkernels demo
@@ -26,6 +29,12 @@ test: export OMP_WAIT_POLICY = passive
 test: build lint types
 	$(PY) -m pytest -n 2 --dist loadfile tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist loadfile tests/gpu_proof
+
+fuzz: build
+	DLKERNELS_FUZZ=$(CASES) $(PY) -m pytest tests/robustness/test_fuzz.py
+
+sanitize: setup
+	$(PY) tools/sanitize.py
 
 gpu: build
 	$(PY) tools/gpu_report.py

@@ -6,6 +6,7 @@ Every message names the argument, says what it was and what it must be.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, but is {value.dtype}"
         )
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: torch.Tensor) -> None:
+    """``value`` has strides: it is not sparse, for example.
+
+    Raises:
+        TypeError: it has none.
+    """
+    # A layout may not be read in a backward pass that is compiled, where none is sparse.
+    if not torch.compiler.is_compiling() and value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, but is {value.layout}")
 
 
 def check_maps(name: str, value: Any) -> None:
@@ -66,8 +79,56 @@ def check_device(name: str, value: torch.Tensor, other_name: str, other: torch.T
         )
 
 
+def check_constant(name: str, value: torch.Tensor) -> None:
+    """``value`` requires no gradient, which it would not get."""
+    if not torch.compiler.is_compiling() and value.requires_grad:
+        raise ValueError(f"{name} gets no gradient and must not require one; detach it")
+
+
+def check_number(name: str, value: Any) -> None:
+    """``value`` is a real number, which may be NaN.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
+        raise TypeError(f"{name} must be a number, but is {type(value).__name__}")
+
+
+def check_integer(name: str, value: Any) -> None:
+    """``value`` is an integer.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"{name} must be an integer, but is {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """``value`` is True or False.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
+
+
+def check_sequence(name: str, value: Any, meaning: str) -> None:
+    """``value`` is a list or tuple; ``meaning`` says of what.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list or tuple of {meaning}, but is {type(value).__name__}"
+        )
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """``value`` is one of the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {expected}, but is {value!r}")

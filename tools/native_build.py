@@ -43,6 +43,12 @@ COMMON_FLAGS = [
     *("-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"),
 ]
 
+# Faults end the process. -O1, since -O3 takes hours over vector code full of checks.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZED_FLAGS = [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer"]
+# Even at -O1 the checked AVX-512 copies take too long: they are built as ever.
+NOT_SANITIZED = "cpu_avx512"
+
 
 class BuildError(RuntimeError):
     """The compiled parts cannot be built here."""
@@ -84,7 +90,11 @@ def _check_version(torch: Torch) -> None:
 def build(
     output: Path, build_dir: Path, info_name: str, version: str, sanitize: bool = False
 ) -> None:
-    """Compiles and links everything that is out of date into `output`."""
+    """Compiles and links everything that is out of date into `output`.
+
+    `sanitize` builds the CPU kernels for AddressSanitizer and UndefinedBehaviorSanitizer, all but
+    the AVX-512 copies.
+    """
     torch = find_torch()
     toolkit = find_toolkit(torch.cuda, dict(os.environ))
     if isinstance(toolkit, str):
@@ -167,15 +177,15 @@ def _ninja_file(
     toolkit: Toolkit | str,
     sanitize: bool,
 ) -> str:
-    compiler = _compiler()
-    common = COMMON_FLAGS + (["-fsanitize=address,undefined", "-g"] if sanitize else [])
+    command = compiler()
+    common = COMMON_FLAGS + (SANITIZED_FLAGS if sanitize else [])
     target = (TARGET_TORCH[0] << 56) | (TARGET_TORCH[1] << 48)
     stable_abi = [f"-DTORCH_TARGET_VERSION=0x{target:016x}", f"-isystem {torch.home}/include"]
     libraries = f"-L{torch.home}/lib"
 
     ninja = _NinjaFile(build_dir)
-    ninja.rule("compile", f"{compiler} -MMD -MF $out.d -c $in -o $out $flags", depfile=True)
-    ninja.rule("link", f"{compiler} -shared $in -o $out $flags")
+    ninja.rule("compile", f"{command} -MMD -MF $out.d -c $in -o $out $flags", depfile=True)
+    ninja.rule("link", f"{command} -shared $in -o $out $flags")
 
     csrc = ROOT / "csrc"
     objects = [
@@ -185,10 +195,11 @@ def _ninja_file(
     for source in sorted((csrc / "cpu" / "kernels").glob("*.cpp")):
         for capability, flags in CPU_CAPABILITIES.items():
             define = [f"-DDLKERNELS_CPU_CAPABILITY={capability}"]
+            base = COMMON_FLAGS if capability == NOT_SANITIZED else common
             objects.append(
-                ninja.compile("compile", source, common + flags + define, f".{capability}")
+                ninja.compile("compile", source, base + flags + define, f".{capability}")
             )
-    link_flags = ["-fsanitize=address,undefined"] if sanitize else ["-s"]
+    link_flags = SANITIZERS if sanitize else ["-s"]
     ninja.link(
         output / "libdlkernels_cpu.so", objects, [libraries, "-lc10", "-ltorch_cpu", *link_flags]
     )
@@ -253,14 +264,15 @@ def why_not_compiled() -> str | None:
     """Why an install here is pure Python; never where the compiled parts are demanded."""
     if "1" in (os.environ.get("DLKERNELS_FORCE_BUILD"), os.environ.get("DLKERNELS_CUDA")):
         return None
-    compiler = _compiler()
-    if shutil.which(compiler.split()[0]) is None:
+    command = compiler()
+    if shutil.which(command.split()[0]) is None:
         return (
-            f"no C++ compiler was found when dlkernels was installed (looked for {compiler!r}); "
+            f"no C++ compiler was found when dlkernels was installed (looked for {command!r}); "
             "install one, or set CXX, and install dlkernels again"
         )
     return None
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The C++ compiler and what stands before it, such as ccache."""
     return os.environ.get("CXX", "c++")

@@ -25,8 +25,10 @@ DLKERNELS_INLINE void set_scale(const BatchNormActArgs& args, int64_t c) {
   args.scale[c] = weight * inverse_deviation(args, c);
 }
 
+// Values of a channel; 1 of an empty batch, whose mean and variance are 0.
 DLKERNELS_INLINE double count_of(const BatchNormActArgs& args) {
-  return static_cast<double>(args.samples) * static_cast<double>(args.area);
+  const int64_t count = args.samples * args.area;
+  return count == 0 ? 1.0 : static_cast<double>(count);
 }
 
 DLKERNELS_INLINE float sample_scale(

@@ -209,9 +209,9 @@ def _batch_norm_repeated(norm: nn.BatchNorm2d, x: Tensor, repeats: int) -> Tenso
     count = x.numel() // x.shape[1]
     repeated = count * repeats
     variance = variance * ((count - 1) / count * repeated / (repeated - 1))
-    batches += 1
     # As in torch, without a momentum all batches count alike.
-    momentum: Any = (1 / batches).to(mean) if norm.momentum is None else norm.momentum
+    momentum: Any = (1 / (batches + 1)).to(mean) if norm.momentum is None else norm.momentum
+    batches += 1
     running_mean.lerp_(mean, momentum)
     running_variance.lerp_(variance, momentum)
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlkernels import backend
 from dlkernels.asff import reference
-from dlkernels.checks import check_choice, check_like, check_maps, describe
+from dlkernels.checks import check_choice, check_like, check_maps, check_sequence, describe
 from dlkernels.memory_format import empty_maps, finest, new_maps
 from dlkernels.watch import watched
 
@@ -59,10 +59,7 @@ def asff_fuse(features: Sequence[Tensor], logits: Tensor, mode: str = "nearest")
 
 
 def _check(features: Any, logits: Any, mode: str) -> None:
-    if not isinstance(features, (list, tuple)):
-        raise TypeError(
-            f"features must be a list or tuple of tensors, but is {type(features).__name__}"
-        )
+    check_sequence("features", features, "tensors")
     if not MIN_LEVELS <= len(features) <= MAX_LEVELS:
         raise ValueError(
             f"features must hold {MIN_LEVELS} to {MAX_LEVELS} maps, but holds {len(features)}"

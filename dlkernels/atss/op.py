@@ -13,13 +13,23 @@ from dlkernels.atss import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.targets import (
     check_counts,
+    check_grid,
+    check_levels,
     check_proper,
     check_valid,
     counts_of,
     padded_boxes,
     prepared,
 )
-from dlkernels.checks import check_device, check_shape, check_tensor, describe
+from dlkernels.checks import (
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+)
 from dlkernels.watch import watched
 
 MAX_LEVELS = 16
@@ -92,6 +102,12 @@ def atss_assign(
         ValueError: shapes or devices do not fit, a number is out of range, or a box is NaN,
             infinite or inverted (x2 < x1 or y2 < y1); the message names the image and the box.
     """
+    check_integer("topk", topk)
+    check_number("ignore_iof_thr", ignore_iof_thr)
+    if not ignore_iof_thr >= 0:
+        raise ValueError(f"ignore_iof_thr must be at least 0, but is {ignore_iof_thr}")
+    if check_boxes is not None:
+        check_flag("check_boxes", check_boxes)
     if topk < 1:
         raise ValueError(f"topk must be at least 1, but is {topk}")
     boxes = padded_boxes("gt_boxes", gt_boxes)
@@ -103,10 +119,12 @@ def atss_assign(
         check_device("gt_ignore", ignored, "gt_boxes", boxes)
 
     if isinstance(anchors, AnchorGrid):
+        check_grid(anchors, boxes)
         levels, per_location = _layout_of(anchors, num_level_anchors, anchors_per_location)
     else:
         levels = _levels(anchors, num_level_anchors, boxes)
         per_location = 1 if anchors_per_location is None else anchors_per_location
+    check_integer("anchors_per_location", per_location)
     if per_location < 1:
         raise ValueError(f"anchors_per_location must be at least 1, but is {per_location}")
     if not 1 <= len(levels) <= MAX_LEVELS:
@@ -121,7 +139,9 @@ def atss_assign(
             check_counts(counts, boxes.shape[1])
         check_proper(boxes, counts)
 
-    targets = (boxes, counts, ignored, valid, topk * per_location, ignore_iof_thr)
+    # A level has no more candidates than anchors.
+    k = min(topk * per_location, max(1, *levels))
+    targets = (boxes, counts, ignored, valid, k, float(ignore_iof_thr))
     if backend.select("atss_assign", boxes) == "reference":
         if isinstance(anchors, AnchorGrid):
             anchors = anchors.boxes(device)
@@ -145,11 +165,12 @@ def _levels(anchors: Tensor, num_level_anchors: Sequence[int] | None, boxes: Ten
             f"anchors must have shape [A, 4] or [{images}, A, 4], but is {describe(anchors)}"
         )
     check_device("anchors", anchors, "gt_boxes", boxes)
-    if num_level_anchors is None or min(num_level_anchors, default=0) < 0:
+    if num_level_anchors is None:
         raise ValueError(
             "num_level_anchors must be the number of anchors of each level where anchors is a "
-            f"tensor, but is {num_level_anchors}"
+            "tensor, but is None"
         )
+    check_levels(num_level_anchors)
     if sum(num_level_anchors) != anchors.shape[-2]:
         raise ValueError(
             f"num_level_anchors must add up to the {anchors.shape[-2]} anchors, but is "
@@ -162,11 +183,15 @@ def _layout_of(
     grid: AnchorGrid, num_level_anchors: Sequence[int] | None, anchors_per_location: int | None
 ) -> tuple[list[int], int]:
     levels, per_location = list(grid.num_level_anchors), grid.anchors_per_location
+    if num_level_anchors is not None:
+        check_levels(num_level_anchors)
     if num_level_anchors is not None and list(num_level_anchors) != levels:
         raise ValueError(
             f"num_level_anchors must be None or that of the grid, {levels}, but is "
             f"{list(num_level_anchors)}"
         )
+    if anchors_per_location is not None:
+        check_integer("anchors_per_location", anchors_per_location)
     if anchors_per_location not in (None, per_location):
         raise ValueError(
             f"anchors_per_location must be None or that of the grid, {per_location}, but is "

@@ -192,19 +192,25 @@ def statistics_of(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
 def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
     """Updates running statistics in training, as ``nn.BatchNorm2d`` does.
 
+    All memory is taken before anything is changed, so that an error changes nothing.
+
     Args:
         norm: the module that holds them; nothing happens in evaluation or if it tracks none.
         mean: of the batch, [C].
         var: the biased variance of the batch, [C]; the running one is unbiased.
-        count: values per channel that both were computed from.
+        count: values per channel that both were computed from; of none the running statistics
+            stay as they are.
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
+    batches = norm.num_batches_tracked
     factor = 0.0 if norm.momentum is None else norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
+    if norm.momentum is None and batches is not None:
+        factor = 1.0 / (float(batches) + 1.0)
     dtype = norm.running_mean.dtype
-    norm.running_mean.lerp_(mean.to(dtype), factor)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(dtype), factor)
+    mean, var = mean.to(dtype), (var * (count / max(1, count - 1))).to(dtype)
+    if batches is not None:
+        batches.add_(1)
+    if count > 0:
+        norm.running_mean.lerp_(mean, factor)
+        norm.running_var.lerp_(var, factor)

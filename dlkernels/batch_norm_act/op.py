@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,17 @@ from torch import Tensor
 
 from dlkernels import backend
 from dlkernels.batch_norm_act import reference
-from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
+from dlkernels.checks import (
+    check_choice,
+    check_constant,
+    check_device,
+    check_flag,
+    check_like,
+    check_maps,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 from dlkernels.memory_format import empty_maps
 from dlkernels.watch import watched
 
@@ -73,7 +84,7 @@ def batch_norm_act(
         x: maps [N, C, H, W].
         weight: [C], of float32 or the dtype of ``x``; None for ones.
         bias: [C] likewise; None for zeros.
-        mean: [C] likewise, given together with ``var``; no gradient is computed for either.
+        mean: [C] likewise, given together with ``var``; both without gradient.
         var: [C] likewise.
         residual: shape and dtype of ``x``, added after the activation, or None.
         sample_scale: [N], factors of the samples, without gradient, or None.
@@ -88,23 +99,27 @@ def batch_norm_act(
 
     Raises:
         TypeError: an argument is no tensor, or its dtype is neither that of ``x`` nor float32.
-        ValueError: shapes do not fit, devices differ, a name is unknown, only one of ``mean`` and
-            ``var`` is given, batch statistics are to be taken of a single value per channel, or
-            ``pool`` meets a residual.
+        ValueError: shapes do not fit, devices differ, a name is unknown, ``eps`` is out of range,
+            only one of ``mean`` and ``var`` is given, they or ``sample_scale`` require a gradient,
+            batch statistics are to be taken of a single value per channel, or ``pool`` meets a
+            residual.
     """
     check_maps("x", x)
-    given = {"weight": weight, "bias": bias, "mean": mean, "var": var}
-    for name, value in given.items():
-        check_channel_values(name, value, x, x.shape[1])
-    if (mean is None) != (var is None):
-        raise ValueError("mean and var must be given both or neither")
+    check_channel_values("weight", weight, x, x.shape[1])
+    check_channel_values("bias", bias, x, x.shape[1])
+    check_statistics("", mean, var, x)
+    check_eps("eps", eps, training=mean is None)
     check_choice("activation", activation, reference.ACTIVATIONS)
+    check_number("negative_slope", negative_slope)
+    check_flag("pool", pool)
     if residual is not None:
         check_like("residual", residual, "x", x)
         check_shape("residual", residual, x.shape, "the shape of x")
     if sample_scale is not None:
         check_tensor("sample_scale", sample_scale)
+        check_device("sample_scale", sample_scale, "x", x)
         check_shape("sample_scale", sample_scale, x.shape[:1], "one factor per sample")
+        check_constant("sample_scale", sample_scale)
     if pool and residual is not None:
         raise ValueError("pool must be False when a residual is added")
     if mean is None:
@@ -126,6 +141,21 @@ def as_float(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.float()
 
 
+def check_statistics(name: str, mean: Any, var: Any, x: Tensor) -> None:
+    """Given statistics ``{name}mean`` and ``{name}var`` fit ``x``, and require no gradient.
+
+    Raises:
+        TypeError: one is no tensor, or of another dtype.
+        ValueError: only one is given, or it has another shape or device, or requires a gradient.
+    """
+    for field, value in (("mean", mean), ("var", var)):
+        check_channel_values(f"{name}{field}", value, x, x.shape[1])
+        if value is not None:
+            check_constant(f"{name}{field}", value)
+    if (mean is None) != (var is None):
+        raise ValueError(f"{name}mean and {name}var must be given both or neither")
+
+
 def check_channel_values(name: str, value: Any, x: Tensor, channels: int) -> None:
     """``value`` is None, or [channels] of float32 or the dtype of ``x``, on its device.
 
@@ -143,6 +173,19 @@ def check_channel_values(name: str, value: Any, x: Tensor, channels: int) -> Non
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, but is on {value.device}")
     check_shape(name, value, [channels], "one value per channel")
+
+
+def check_eps(name: str, eps: Any, training: bool) -> None:
+    """``eps`` can be added to a variance: to one of a batch, which may be 0, more than 0.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range, as in ``torch.nn.functional.batch_norm``.
+    """
+    check_number(name, eps)
+    if not (0 < eps < math.inf or (eps == 0 and not training)):
+        needed = "above 0 with batch statistics" if training else "at least 0"
+        raise ValueError(f"{name} must be finite and {needed}, but is {eps}")
 
 
 def check_batch(x: Tensor) -> None:

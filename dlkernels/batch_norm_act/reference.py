@@ -26,6 +26,15 @@ def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:
     return ACTIVATIONS[activation](x)
 
 
+def batch_statistics(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, [C]; 0 of an empty batch."""
+    if maps.numel() == 0:
+        zeros = maps.sum((0, 2, 3))
+        return zeros, zeros
+    variance, mean = torch.var_mean(maps, (0, 2, 3), correction=0)
+    return mean, variance
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -40,12 +49,17 @@ def batch_norm_act(
     pool: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """See :func:`dlkernels.ops.batch_norm_act`; results are out, pooled, mean and var."""
-    norm = F.batch_norm(x, mean, var, weight, bias, mean is None, 0.0, eps)
+    # All of one dtype, as PyTorch demands.
+    small = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean_, var_, weight_, bias_ = (
+        value if value is None else value.to(small) for value in (mean, var, weight, bias)
+    )
+    norm = F.batch_norm(x, mean_, var_, weight_, bias_, mean is None, 0.0, eps)
     out = activate(norm, activation, negative_slope)
     if sample_scale is not None:
         out = out * sample_scale[:, None, None, None].to(x.dtype)
     if residual is not None:
         out = out + residual
     if mean is None or var is None:
-        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
+        mean, var = batch_statistics(x.detach())
     return out, out.mean((2, 3)) if pool else None, mean, var

@@ -11,13 +11,14 @@ rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlkernels.memory_format import empty_maps, memory_format_of, to_format_of
+from dlkernels.memory_format import empty_maps, to_format_of
 from dlkernels.triton_support import Budget, MapTiles, launch, relu, strides_of_maps
 
 # Bytes of a tile of the gradients' sums: one wide access for each thread.
@@ -164,8 +165,10 @@ def statistics_kernel(
 
 
 @triton.jit
-def _row_sizes(row, samples, area, splits, stretch, group):
-    """How many values of a channel each row has."""
+def _row_sizes(sizes, row, rows, samples, area, splits, stretch, group):
+    """How many values of a channel each row has: those of ``sizes`` unless it is None."""
+    if sizes is not None:
+        return tl.load(sizes + row, row < rows, other=0)
     pixels = tl.minimum(stretch, area - row % splits * stretch)
     return (tl.minimum(group, samples - row // splits * group) * pixels).to(tl.float32)
 
@@ -174,6 +177,7 @@ def _row_sizes(row, samples, area, splits, stretch, group):
 def combine_statistics_kernel(
     x,
     partial,
+    sizes,
     mean,
     var,
     rows,
@@ -195,7 +199,7 @@ def combine_statistics_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, rows, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
-        size = _row_sizes(row, samples, area, splits, stretch, group)
+        size = _row_sizes(sizes, row, rows, samples, area, splits, stretch, group)
         mask = (row < rows)[:, None] & (c < channels)[None, :]
         at = partial + 2 * row.to(tl.int64)[:, None] * channels + c[None, :]
         total += size[:, None] * tl.load(at, mask, other=0)
@@ -204,7 +208,7 @@ def combine_statistics_kernel(
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for first in range(0, rows, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R)
-        size = _row_sizes(row, samples, area, splits, stretch, group)
+        size = _row_sizes(sizes, row, rows, samples, area, splits, stretch, group)
         mask = (row < rows)[:, None] & (c < channels)[None, :]
         at = partial + 2 * row.to(tl.int64)[:, None] * channels + c[None, :]
         deviation = tl.load(at, mask, other=0) - whole[None, :]
@@ -494,16 +498,28 @@ def contiguous(value: Tensor | None) -> Tensor | None:
 
 
 def combine_statistics(
-    x: Tensor | None, partial: Tensor, rows: int, extents: tuple[int, ...], stride_c: int
+    x: Tensor | None,
+    partial: Tensor,
+    extents: tuple[int, ...],
+    stride_c: int,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] of the parts [rows, 2, C] that kernels wrote."""
+    """Mean and biased variance [C] of the parts [rows, 2, C] that kernels wrote.
+
+    Args:
+        x: maps whose first values the means are counted from, or these values; None for zero.
+        partial: mean and squared deviations of each row.
+        extents: those of Rows.
+        stride_c: of ``x``.
+        sizes: values of a channel in each row, float32 [rows]; None where rows are those of Rows.
+    """
     channels = partial.shape[2]
     mean = partial.new_empty((channels,))
     var = torch.empty_like(mean)
     launch(
         combine_statistics_kernel,
         triton.cdiv(channels, BLOCK_CHANNELS),
-        *(x, partial, mean, var, rows, *extents, stride_c),
+        *(x, partial, sizes, mean, var, len(partial), *extents, stride_c),
         BLOCK_R=BLOCK_ROWS,
         BLOCK_C=BLOCK_CHANNELS,
     )
@@ -534,7 +550,7 @@ def batch_statistics(x: Tensor, first: int = 0, count: int | None = None) -> tup
     )
     stride_c = 1 if options["CHANNELS_LAST"] else tiles.area
     origin = part if part.numel() else None
-    return combine_statistics(origin, partial, rows.count, rows.extents, stride_c)
+    return combine_statistics(origin, partial, rows.extents, stride_c)
 
 
 def add_up(partial: Tensor) -> Tensor:
@@ -605,6 +621,65 @@ def batch_norm_act(
     return out, pooled, mean, var
 
 
+def gradient_sums(
+    grad_out: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    values: Sequence[Tensor | None],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    grad_x: Tensor | None = None,
+) -> Tensor:
+    """Sums [2, C] of the norm's gradient, and of it times the normalised input.
+
+    Args:
+        grad_out: lies in memory as ``x`` does.
+        grad_pooled: of the pool, [N, C], or None.
+        x: maps in one of the two layouts.
+        values: weight, bias, mean, var and sample_scale, contiguous.
+        eps: of the norm.
+        activation: of the norm.
+        negative_slope: of the activation.
+        grad_x: written in the same pass, the statistics being constants, or None.
+    """
+    tiles = MapTiles(x, tile=SUMS_TILE // x.element_size(), steps=32)
+    rows = Rows(tiles)
+    partial = x.new_empty((rows.count, 2, tiles.channels), dtype=torch.float32)
+    launch(
+        norm_act_sums_kernel,
+        rows.count * tiles.c_blocks,
+        *(grad_out, grad_pooled, x, *values, grad_x, partial, *rows.extents),
+        *(eps, negative_slope),
+        ACTIVATION=activation,
+        **tiles.options,
+    )
+    return add_up(partial)
+
+
+def write_gradient(
+    grad_out: Tensor,
+    grad_pooled: Tensor | None,
+    x: Tensor,
+    values: Sequence[Tensor | None],
+    sums: Tensor,
+    grad_x: Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> None:
+    """Writes grad_x through the batch's statistics; see gradient_sums. It may be grad_out."""
+    tiles = MapTiles(grad_x)
+    launch(
+        norm_act_backward_kernel,
+        tiles.tiles,
+        *(grad_out, grad_pooled, x, *values, sums, grad_x),
+        *(tiles.samples, tiles.channels, tiles.area, eps, negative_slope),
+        ACTIVATION=activation,
+        **tiles.options,
+    )
+
+
 def batch_norm_act_backward(
     grad_out: Tensor,
     grad_pooled: Tensor | None,
@@ -618,33 +693,17 @@ def batch_norm_act_backward(
     eps: float,
     activation: str,
     negative_slope: float,
-    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op ``dlkernels::batch_norm_act_backward``; ``dtype`` is that of grad_x, if another."""
-    grad_x = torch.empty_like(x, dtype=dtype, memory_format=memory_format_of(x))
-    x, grad_out = to_format_of(grad_x, x), to_format_of(grad_x, grad_out)
-    tiles = MapTiles(grad_x)
-    sums_tiles = MapTiles(grad_x, tile=SUMS_TILE // x.element_size(), steps=32)
-    rows = Rows(sums_tiles)
-    partial = mean.new_empty((rows.count, 2, tiles.channels))
-    values = (weight, bias, mean, var, sample_scale)
-    inputs = (grad_out, contiguous(grad_pooled), x, *map(contiguous, values))
-    launch(
-        norm_act_sums_kernel,
-        rows.count * sums_tiles.c_blocks,
-        *(*inputs, None if batch_statistics else grad_x, partial, *rows.extents),
-        *(eps, negative_slope),
-        ACTIVATION=activation,
-        **sums_tiles.options,
+    """The op ``dlkernels::batch_norm_act_backward``."""
+    grad_x = empty_maps(x)
+    values = tuple(map(contiguous, (weight, bias, mean, var, sample_scale)))
+    maps = (
+        to_format_of(grad_x, grad_out),
+        contiguous(grad_pooled),
+        to_format_of(grad_x, x),
     )
-    sums = add_up(partial)
+    options = eps, activation, negative_slope
+    sums = gradient_sums(*maps, values, *options, None if batch_statistics else grad_x)
     if batch_statistics:
-        launch(
-            norm_act_backward_kernel,
-            tiles.tiles,
-            *(*inputs, sums, grad_x, tiles.samples, tiles.channels, tiles.area),
-            *(eps, negative_slope),
-            ACTIVATION=activation,
-            **tiles.options,
-        )
+        write_gradient(*maps, values, sums, grad_x, *options)
     return grad_x, sums[1].clone(), sums[0].clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dlkernels import backend
 from dlkernels.boxes import reference
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.targets import BoxBatch, anchor_boxes, check_valid
+from dlkernels.checks import check_flag, check_number, check_sequence
 from dlkernels.watch import watched
 
 FCOS_RANGES = ((0.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, math.inf))
@@ -38,6 +40,7 @@ def max_iou_assign(
     little: Ren et al., "Faster R-CNN" (2015), section 3.1.2, as torchvision's matcher does it.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: an :class:`AnchorGrid`, or boxes x1 y1 x2 y2, [A, 4] or [B, A, 4] for a set per
@@ -64,6 +67,9 @@ def max_iou_assign(
     """
     batch = BoxBatch.of(gt_boxes, num_gt)
     boxes, _ = anchor_boxes(anchors, num_level_anchors, batch)
+    check_number("pos_iou", pos_iou)
+    check_number("neg_iou", neg_iou)
+    check_flag("low_quality", low_quality)
     if not 0 < neg_iou <= pos_iou:
         raise ValueError(
             f"neg_iou must lie above 0 and not above pos_iou, {pos_iou}, but is {neg_iou}"
@@ -120,6 +126,7 @@ def yolo_assign(
     (ties: the lower index). A box whose centre lies outside a level's grid gets no anchor there.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: the grid; its base anchors are the priors of each level.
@@ -140,6 +147,10 @@ def yolo_assign(
     """
     if not isinstance(anchors, AnchorGrid):
         raise TypeError(f"anchors must be an AnchorGrid, but is {type(anchors).__name__}")
+    for name, value in (("ignore_iou", ignore_iou), ("shape_iou", shape_iou)):
+        check_number(name, value)
+        if not value >= 0:
+            raise ValueError(f"{name} must be at least 0, but is {value}")
     batch = BoxBatch.of(gt_boxes, num_gt)
     all_anchors, _ = anchor_boxes(anchors, num_level_anchors, batch)
     if valid is not None:
@@ -147,9 +158,9 @@ def yolo_assign(
     priors = _Priors(anchors, batch.boxes.device)
     assigned, ious = [], []
     for image, boxes in enumerate(batch.images()):
-        index = priors.claims(boxes, shape_iou)
+        index = priors.claims(boxes, float(shape_iou))
         overlap, _ = reference.best_box(_iou_with(all_anchors), boxes, len(all_anchors))
-        index = torch.where((index < 0) & (overlap > ignore_iou), -2, index)
+        index = torch.where((index < 0) & (overlap > float(ignore_iou)), -2, index)
         if valid is not None:
             index = torch.where(_of_image(valid, image, 1), index, -1)
         assigned.append(index)
@@ -222,6 +233,7 @@ def fcos_assign(
     Object Detector" (2020), section 3.1. No location is ignored.
 
     No anchors x boxes matrix is made. All is computed in float32. The results have no gradient.
+    That the boxes are proper is checked on every device, which waits for the device.
 
     Args:
         anchors: as in :func:`max_iou_assign`; their centres are the locations.
@@ -249,12 +261,13 @@ def fcos_assign(
         strides = anchors.strides
     if valid is not None:
         check_valid(valid, batch.boxes, all_anchors.shape[-2])
-    lowest, highest = _of_level(levels, "ranges", ranges, all_anchors).unbind(-1)
+    lowest, highest = _ranges(levels, ranges, all_anchors)
     radius = None
     if center_radius is not None:
+        check_number("center_radius", center_radius)
         if not center_radius > 0:
             raise ValueError(f"center_radius must be above 0, but is {center_radius}")
-        radius = center_radius * _of_level(levels, "strides", strides or (), all_anchors)
+        radius = float(center_radius) * _of_level(levels, "strides", strides or (), all_anchors)
 
     assigned, ious = [], []
     for image, boxes in enumerate(batch.images()):
@@ -279,18 +292,29 @@ def fcos_assign(
     return torch.stack(assigned), torch.stack(ious)
 
 
-def _of_level(levels: Sequence[int], name: str, values: Sequence[object], like: Tensor) -> Tensor:
-    """Values of the levels, repeated for each anchor of theirs."""
+def _ranges(levels: Sequence[int], ranges: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest distance for each anchor."""
+    check_sequence("ranges", ranges, "pairs")
+    for level, pair in enumerate(ranges):
+        check_sequence(f"ranges[{level}]", pair, "two numbers")
+        if len(pair) != 2:
+            raise ValueError(f"ranges[{level}] must hold two numbers, but holds {len(pair)}")
+    least, greatest = zip(*ranges, strict=True) if ranges else ((), ())
+    return _of_level(levels, "ranges", least, like), _of_level(levels, "ranges", greatest, like)
+
+
+def _of_level(levels: Sequence[int], name: str, values: Any, like: Tensor) -> Tensor:
+    """Numbers of the levels, repeated for each anchor of theirs."""
+    check_sequence(name, values, "one entry for each level")
     if len(values) != len(levels):
         raise ValueError(
             f"{name} must have one entry for each of the {len(levels)} levels, but has "
             f"{len(values)}"
         )
-    return (
-        torch.tensor(values)
-        .to(like)
-        .repeat_interleave(torch.tensor(levels, device=like.device), dim=0)
-    )
+    for level, value in enumerate(values):
+        check_number(f"{name}[{level}]", value)
+    counts = torch.tensor(levels, device=like.device)
+    return torch.tensor([float(value) for value in values]).to(like).repeat_interleave(counts)
 
 
 def _of_image(tensor: Tensor, image: int, shared_dim: int) -> Tensor:

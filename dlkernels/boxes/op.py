@@ -11,8 +11,11 @@ from dlkernels import backend
 from dlkernels.boxes import reference
 from dlkernels.checks import (
     check_choice,
+    check_constant,
+    check_dense,
     check_device,
     check_like,
+    check_number,
     check_shape,
     check_tensor,
     describe,
@@ -77,7 +80,8 @@ def box_iou_loss(
     check_shape("target", target, pred.shape, "the shape of pred")
     check_choice("kind", kind, reference.KINDS)
     check_choice("reduction", reduction, reference.REDUCTIONS)
-    if not eps >= 0:
+    check_number("eps", eps)
+    if not 0 <= eps < float("inf"):
         raise ValueError(f"eps must be at least 0, but is {eps}")
 
     pred, target = _promoted(pred, target)
@@ -198,6 +202,8 @@ def sigmoid_focal_loss(
         _check_weight(weight, logits)
         weight = weight.to(torch.promote_types(logits.dtype, torch.float32))
     check_choice("reduction", reduction, reference.REDUCTIONS)
+    check_number("alpha", alpha)
+    check_number("gamma", gamma)
     if not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"alpha must be 0 to 1, or -1 for no weights, but is {alpha}")
     if not 0 <= gamma < float("inf"):
@@ -221,24 +227,20 @@ def _check_targets(targets: Any, logits: Tensor) -> None:
                 f"targets must be int64 labels or of the dtype of logits, {logits.dtype}, "
                 f"but is {targets.dtype}"
             )
+        check_dense("targets", targets)
         check_device("targets", targets, "logits", logits)
         check_shape("targets", targets, logits.shape[:-1], "one label per row of logits")
     else:
         check_like("targets", targets, "logits", logits)
         check_shape("targets", targets, logits.shape, "the shape of logits")
-        _check_constant("targets", targets)
+        check_constant("targets", targets)
 
 
 def _check_weight(weight: Any, logits: Tensor) -> None:
     check_tensor("weight", weight)
     check_device("weight", weight, "logits", logits)
     check_shape("weight", weight, logits.shape[:-1], "one value per row of logits")
-    _check_constant("weight", weight)
-
-
-def _check_constant(name: str, value: Tensor) -> None:
-    if value.requires_grad:
-        raise ValueError(f"{name} gets no gradient and must not require one; detach it")
+    check_constant("weight", weight)
 
 
 def _promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.reference import is_proper
-from dlkernels.checks import check_device, check_shape, check_tensor, describe
+from dlkernels.checks import (
+    check_dense,
+    check_device,
+    check_integer,
+    check_sequence,
+    check_shape,
+    check_tensor,
+    describe,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,10 @@ def anchor_boxes(
         TypeError: ``anchors`` is neither tensor nor grid, or of a wrong dtype.
         ValueError: shapes or devices do not fit, or levels do not add up to the anchors.
     """
+    if num_level_anchors is not None:
+        check_levels(num_level_anchors)
     if isinstance(anchors, AnchorGrid):
+        check_grid(anchors, batch.boxes)
         if num_level_anchors is not None and tuple(num_level_anchors) != anchors.num_level_anchors:
             raise ValueError(
                 "num_level_anchors must be None or that of the grid, "
@@ -78,12 +89,34 @@ def anchor_boxes(
     check_device("anchors", anchors, "gt_boxes", batch.boxes)
     if num_level_anchors is None:
         return prepared(anchors), None
-    if min(num_level_anchors, default=0) < 0 or sum(num_level_anchors) != anchors.shape[-2]:
+    if sum(num_level_anchors) != anchors.shape[-2]:
         raise ValueError(
             f"num_level_anchors must add up to the {anchors.shape[-2]} anchors, but is "
             f"{tuple(num_level_anchors)}"
         )
     return prepared(anchors), tuple(num_level_anchors)
+
+
+def check_grid(grid: AnchorGrid, boxes: Tensor) -> None:
+    """``grid`` can be copied to the device of ``boxes``, which is no error but for "meta"."""
+    if grid.base_anchors[0].is_meta and not boxes.is_meta:
+        raise ValueError(
+            f"anchors must hold values, for gt_boxes on {boxes.device}, but is on the device meta"
+        )
+
+
+def check_levels(num_level_anchors: Any) -> None:
+    """``num_level_anchors`` are numbers of anchors.
+
+    Raises:
+        TypeError: it is no list or tuple of integers.
+        ValueError: one is negative.
+    """
+    check_sequence("num_level_anchors", num_level_anchors, "integers")
+    for level, count in enumerate(num_level_anchors):
+        check_integer(f"num_level_anchors[{level}]", count)
+        if count < 0:
+            raise ValueError(f"num_level_anchors must not be negative, but is {num_level_anchors}")
 
 
 def check_valid(valid: Any, boxes: Tensor, anchors: int) -> None:
@@ -96,6 +129,7 @@ def check_valid(valid: Any, boxes: Tensor, anchors: int) -> None:
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
         found = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(f"valid must be a bool tensor, but is {found}")
+    check_dense("valid", valid)
     if list(valid.shape) not in ([anchors], [len(boxes), anchors]):
         raise ValueError(
             f"valid must have shape [{anchors}] or [{len(boxes)}, {anchors}], "
@@ -184,6 +218,7 @@ def counts_of(boxes: Tensor | Sequence[Tensor], num_gt: Tensor | None, padded: T
     if not isinstance(num_gt, Tensor) or num_gt.dtype not in (torch.int64, torch.int32):
         found = num_gt.dtype if isinstance(num_gt, Tensor) else type(num_gt).__name__
         raise TypeError(f"num_gt must be an int64 tensor, but is {found}")
+    check_dense("num_gt", num_gt)
     check_shape("num_gt", num_gt, [images], "[B] of gt_boxes")
     check_device("num_gt", num_gt, "gt_boxes", padded)
     return num_gt.long().contiguous()

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.checks import check_choice, check_like, check_maps, check_shape, check_tensor
+from dlkernels.batch_norm_act.op import check_eps
+from dlkernels.checks import (
+    check_choice,
+    check_constant,
+    check_device,
+    check_flag,
+    check_like,
+    check_maps,
+    check_number,
+    check_sequence,
+    check_shape,
+    check_tensor,
+)
 from dlkernels.dense_block import reference
 from dlkernels.memory_format import memory_format_of
 from dlkernels.watch import watched
@@ -92,11 +104,14 @@ def dense_block(
     Raises:
         TypeError: an argument is no tensor, or not of a floating-point dtype, or dtypes differ.
         ValueError: shapes do not fit, devices differ, ``memory`` is unknown, ``dropout`` is no
-            probability, running statistics are missing outside training, or a channel has but one
-            value to take statistics of.
+            probability, ``momentum`` no share, ``eps`` out of range, running statistics are missing
+            outside training or expanded in training, or a channel has but one value to take
+            statistics of.
     """
     check_maps("x", x)
     check_choice("memory", memory, MEMORY)
+    check_options(training, momentum, eps)
+    check_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
     stages = _check_layers(x, layers, training)
@@ -131,10 +146,29 @@ def dense_block(
 # ---- arguments ----------------------------------------------------------------------------------
 
 
+def check_options(training: Any, momentum: Any, eps: Any) -> None:
+    """How to normalise.
+
+    Raises:
+        TypeError: ``training`` is no bool, or another is no number.
+        ValueError: ``momentum`` is no share, or ``eps`` cannot be added to a variance.
+    """
+    check_flag("training", training)
+    check_eps("eps", eps, training)
+    check_number("momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be in [0, 1], but is {momentum}")
+
+
 def _check_layers(
     x: Tensor, layers: Sequence[Sequence[NormConv]], training: bool
 ) -> list[NormConv]:
     """All norms and convolutions in the order in which they run, if they fit together."""
+    check_sequence("layers", layers, "layers")
+    for number, layer in enumerate(layers):
+        check_sequence(f"layers[{number}]", layer, "norms and convolutions")
+        for place, stage in enumerate(layer):
+            check_is_stage(f"layers[{number}][{place}]", stage)
     if len(layers) == 0 or any(len(layer) not in (1, 2) for layer in layers):
         raise ValueError("layers must hold at least one layer, each of one or two convolutions")
     channels, stages = x.shape[1], []
@@ -158,10 +192,18 @@ def _check_layers(
     return stages
 
 
+def check_is_stage(name: str, stage: Any) -> None:
+    """``stage`` is a :class:`NormConv`."""
+    if not isinstance(stage, NormConv):
+        raise TypeError(f"{name} must be a NormConv, but is {type(stage).__name__}")
+
+
 def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], training: bool) -> None:
     """The tensors of a norm and its convolution fit each other and the maps ``x``."""
     check_like(f"{name}.weight", stage.weight, "x", x)
     check_shape(f"{name}.weight", stage.weight, shape, "[out, in, kernel, kernel]")
+    if 0 in shape:
+        raise ValueError(f"{name}.weight must have inputs and outputs, but has shape {shape}")
     for field in ("norm_weight", "norm_bias", "running_mean", "running_var"):
         value = getattr(stage, field)
         if value is None and field.startswith("running"):
@@ -170,10 +212,11 @@ def check_stage(name: str, stage: NormConv, x: Tensor, shape: list[int], trainin
             continue
         check_tensor(f"{name}.{field}", value)
         check_shape(f"{name}.{field}", value, [shape[1]], "one value per input channel")
-        if value.device != x.device:
-            raise ValueError(
-                f"{name}.{field} must be on the device of x, {x.device}, but is on {value.device}"
-            )
+        check_device(f"{name}.{field}", value, "x", x)
+        if field.startswith("running"):
+            check_constant(f"{name}.{field}", value)
+        if training and field.startswith("running") and value.stride(0) == 0 != len(value) - 1:
+            raise ValueError(f"{name}.{field} must not be expanded, as it is updated in place")
 
 
 def channels_of_conv1x1(name: str, weight: Tensor) -> tuple[int, int]:
@@ -198,10 +241,10 @@ def cast_norms(stage: NormConv, dtype: torch.dtype) -> NormConv:
     norms = torch.float64 if dtype == torch.float64 else torch.float32
     mean, variance = stage.running_mean, stage.running_var
     return NormConv(
-        stage.norm_weight.to(norms),
-        stage.norm_bias.to(norms),
-        None if mean is None else mean.to(norms),
-        None if variance is None else variance.to(norms),
+        stage.norm_weight.to(norms).contiguous(),
+        stage.norm_bias.to(norms).contiguous(),
+        None if mean is None else mean.to(norms).contiguous(),
+        None if variance is None else variance.to(norms).contiguous(),
         stage.weight,
     )
 
@@ -256,8 +299,13 @@ def update_running(
     momentum: float,
     maps: Tensor,
 ) -> None:
-    """Moves the running statistics towards those of the batch, the variance unbiased."""
+    """Moves the running statistics towards those of the batch, the variance unbiased.
+
+    An empty batch leaves them as they are, as in ``nn.BatchNorm2d``.
+    """
     count = maps.numel() // max(1, maps.shape[1])
+    if count == 0:
+        return
     unbiased = torch._foreach_mul(list(variances), count / max(1, count - 1))
     running, batch = [], []
     for stage, mean, variance in zip(stages, means, unbiased, strict=True):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlkernels.batch_norm_act.reference import batch_statistics
+
 
 def norm_relu(
     x: Tensor,
@@ -56,12 +58,9 @@ def dense_block(
         features = torch.cat([features, result], 1)
     if means:
         return features, x.new_empty(0), x.new_empty(0)
-    statistics = [torch.var_mean(maps, (0, 2, 3), correction=0) for maps in (features, *between)]
-    return (
-        features,
-        torch.cat([mean for _, mean in statistics]).detach(),
-        torch.cat([variance for variance, _ in statistics]).detach(),
-    )
+    statistics = [batch_statistics(maps.detach()) for maps in (features, *between)]
+    means, variances = zip(*statistics, strict=True)
+    return features, torch.cat(means), torch.cat(variances)
 
 
 def norm_relu_pool(
@@ -76,16 +75,13 @@ def norm_relu_pool(
     out = F.avg_pool2d(norm_relu(x, norm_weight, norm_bias, mean, variance, eps), 2)
     if mean is not None:
         return out, x.new_empty(0), x.new_empty(0)
-    batch_variance, batch_mean = torch.var_mean(x.detach(), (0, 2, 3), correction=0)
-    return out, batch_mean, batch_variance
+    return out, *batch_statistics(x.detach())
 
 
 def channel_statistics(maps: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of a slice of channels, in float32 at least."""
     part = maps[:, first : first + count]
-    part = part if part.dtype == torch.float64 else part.float()
-    variance, mean = torch.var_mean(part, (0, 2, 3), correction=0)
-    return mean, variance
+    return batch_statistics(part if part.dtype == torch.float64 else part.float())
 
 
 def bn_relu_conv1x1(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.checks import check_maps
+from dlkernels.checks import check_integer, check_maps
 from dlkernels.dense_block import reference
 from dlkernels.dense_block.op import (
     NormConv,
@@ -16,6 +16,8 @@ from dlkernels.dense_block.op import (
     cast_to_autocast,
     channels_of_conv1x1,
     check_batch,
+    check_is_stage,
+    check_options,
     check_stage,
     update_running,
 )
@@ -48,7 +50,9 @@ def channel_statistics(
         ValueError: ``maps`` is not [N, C, H, W], or the slice does not lie within it.
     """
     check_maps("maps", maps)
-    count = maps.shape[1] - first if count is None else count
+    if count is None:
+        check_integer("first", first)
+        count = maps.shape[1] - first
     _check_slice(maps, first, count)
     if backend.select("channel_statistics", maps) == "reference":
         return reference.channel_statistics(maps, first, count)
@@ -96,6 +100,8 @@ def bn_relu_conv1x1(
             statistics of.
     """
     check_maps("maps", maps)
+    check_options(training, momentum, eps)
+    check_is_stage("layer", layer)
     out, count = channels_of_conv1x1("layer.weight", layer.weight)
     _check_slice(maps, first, count)
     check_stage("layer", layer, maps, [out, count, 1, 1], training)
@@ -115,10 +121,12 @@ def bn_relu_conv1x1(
 
 
 def _check_slice(maps: Tensor, first: int, count: int) -> None:
+    check_integer("first", first)
+    check_integer("count", count)
     if not 0 <= first <= first + count <= maps.shape[1]:
         raise ValueError(
-            f"the slice must lie within the {maps.shape[1]} channels of maps, but is "
-            f"[{first}, {first + count})"
+            f"first and count: the slice must lie within the {maps.shape[1]} channels of maps, but "
+            f"is [{first}, {first + count})"
         )
 
 

@@ -17,6 +17,8 @@ from dlkernels.dense_block.op import (
     cast_to_autocast,
     channels_of_conv1x1,
     check_batch,
+    check_is_stage,
+    check_options,
     check_stage,
     update_running,
 )
@@ -68,6 +70,8 @@ def transition(
     """
     check_maps("x", x)
     channels = x.shape[1]
+    check_options(training, momentum, eps)
+    check_is_stage("layer", layer)
     out, _ = channels_of_conv1x1("layer.weight", layer.weight)
     check_stage("layer", layer, x, [out, channels, 1, 1], training)
     if min(x.shape[2:]) < 2:
@@ -83,9 +87,10 @@ def transition(
     else:
         weight = layer.weight
         pooled, mean, variance = _OP(x, *rest)
-    if training:
+    result = F.conv2d(pooled, weight)
+    if training:  # last, when nothing can run out of memory any more
         update_running([layer], [mean], [variance], momentum, x)
-    return F.conv2d(pooled, weight)
+    return result
 
 
 def _fake(

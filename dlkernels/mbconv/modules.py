@@ -338,6 +338,8 @@ class MBConv(nn.Module):
             self._sample_scale(x),
             eps=norm.eps,
         )
+        # Last, so that a block that runs out of memory leaves them all as they were.
+        self._update_statistics(convolved, hidden)
         count = values_per_channel(projected)
         update_running_statistics(norm, result.mean, result.var, count)
         return result.out
@@ -360,7 +362,7 @@ class MBConv(nn.Module):
 
     def _convolve(self, hidden: Tensor, before: Norm | None) -> DepthwiseOutput:
         conv, norm = self.part("depthwise"), self.part("depthwise_norm")
-        result = depthwise_conv_bn_act(
+        return depthwise_conv_bn_act(
             hidden,
             conv.weight,
             norm_arguments(norm, self.activation),
@@ -369,7 +371,12 @@ class MBConv(nn.Module):
             padding=padding_of(conv, hidden, self.same_padding),
             pool="squeeze" in self.names,
         )
-        update_running_statistics(norm, result.mean, result.var, values_per_channel(result.out))
+
+    def _update_statistics(self, result: DepthwiseOutput, hidden: Tensor) -> None:
+        """Of the norms after and before the depthwise convolution of ``hidden``."""
+        update_running_statistics(
+            self.part("depthwise_norm"), result.mean, result.var, values_per_channel(result.out)
+        )
         if result.input_mean is not None and result.input_var is not None:
             update_running_statistics(
                 self.part("expand_norm"),
@@ -377,7 +384,6 @@ class MBConv(nn.Module):
                 result.input_var,
                 values_per_channel(hidden),
             )
-        return result
 
     def _project(self, convolved: DepthwiseOutput) -> Tensor:
         x = convolved.out

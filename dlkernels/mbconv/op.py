@@ -9,13 +9,27 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.batch_norm_act.op import as_float, check_batch, check_channel_values
-from dlkernels.checks import check_choice, check_maps, check_tensor, describe
+from dlkernels.batch_norm_act.op import (
+    as_float,
+    check_batch,
+    check_channel_values,
+    check_eps,
+    check_statistics,
+)
+from dlkernels.checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_maps,
+    check_tensor,
+    describe,
+)
 from dlkernels.mbconv import reference
 from dlkernels.mbconv.reference import Norm
 from dlkernels.memory_format import memory_format_of
 from dlkernels.watch import watched
 
+_TRITON = "dlkernels.mbconv.triton"
 KERNEL_SIZES = (3, 5, 7)
 STRIDES = (1, 2)
 
@@ -93,7 +107,8 @@ def depthwise_conv_bn_act(
             option is unknown, or batch statistics are to be taken of a single value per channel.
     """
     check_maps("x", x)
-    sides = [padding] * 4 if isinstance(padding, int) else list(padding)
+    check_flag("pool", pool)
+    sides = _sides_of(padding)
     height, width = _check_geometry(x, weight, stride, sides)
     _check_norm("norm", norm, x)
     if input_norm is not None:
@@ -138,6 +153,16 @@ def _arguments(norm: Norm) -> tuple[Any, ...]:
     return (*(as_float(value) for value in norm[:4]), norm.eps, norm.activation)
 
 
+def _sides_of(padding: Any) -> list[int]:
+    """The padding of the four sides."""
+    if isinstance(padding, (list, tuple)):
+        for index, side in enumerate(padding):
+            check_integer(f"padding[{index}]", side)
+        return list(padding)
+    check_integer("padding", padding)
+    return [padding] * 4
+
+
 def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> tuple[int, int]:
     """Checks the convolution's arguments and returns the height and width of its output."""
     check_tensor("weight", weight)
@@ -154,6 +179,7 @@ def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> 
         )
     if weight.device != x.device:
         raise ValueError(f"weight must be on the device of x, {x.device}, but is {weight.device}")
+    check_integer("stride", stride)
     if stride not in STRIDES:
         raise ValueError(f"stride must be 1 or 2, but is {stride}")
     if len(padding) != 4 or not all(0 <= side < size for side in padding):
@@ -170,11 +196,13 @@ def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> 
     return (height - size) // stride + 1, (width - size) // stride + 1
 
 
-def _check_norm(name: str, norm: Norm, x: Tensor) -> None:
-    for field, value in zip(("weight", "bias", "mean", "var"), norm, strict=False):
-        check_channel_values(f"{name}.{field}", value, x, x.shape[1])
-    if (norm.mean is None) != (norm.var is None):
-        raise ValueError(f"{name}.mean and {name}.var must be given both or neither")
+def _check_norm(name: str, norm: Any, x: Tensor) -> None:
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name} must be a Norm, but is {type(norm).__name__}")
+    check_channel_values(f"{name}.weight", norm.weight, x, x.shape[1])
+    check_channel_values(f"{name}.bias", norm.bias, x, x.shape[1])
+    check_statistics(f"{name}.", norm.mean, norm.var, x)
+    check_eps(f"{name}.eps", norm.eps, training=norm.mean is None)
     check_choice(f"{name}.activation", norm.activation, reference.ACTIVATIONS)
 
 
@@ -280,6 +308,7 @@ _OP = backend.define(
     "int stride, int[] padding, bool pool, bool keep_raw) -> (Tensor out, Tensor raw, "
     "Tensor pooled, Tensor mean, Tensor var, Tensor input_mean, Tensor input_var)",
     _fake,
+    _TRITON,
 )
 _BACKWARD_OP = backend.define(
     "depthwise_conv_bn_act_backward",
@@ -289,6 +318,7 @@ _BACKWARD_OP = backend.define(
     "int[] padding) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_norm_weight, "
     "Tensor grad_norm_bias, Tensor grad_input_weight, Tensor grad_input_bias)",
     _fake_backward,
+    _TRITON,
 )
 backend.register_autograd("depthwise_conv_bn_act", _backward, _setup_context)
 backend.refuse_double_backward("depthwise_conv_bn_act_backward")

@@ -39,10 +39,18 @@ BOXES = random_boxes(2, 3, (32, 48))
         ("num_gt", [1, 2], TypeError, "num_gt must be an int64 tensor, but is list"),
         ("num_gt", torch.tensor([3, 4]), ValueError, "between 0 and the 3 .* is 4 for image 1"),
         ("num_gt", torch.tensor([-1, 3]), ValueError, "num_gt .* is -1 for image 0"),
+        ("topk", None, TypeError, "topk must be an integer, but is NoneType"),
+        ("anchors_per_location", 1.5, TypeError, "anchors_per_location must be an integer"),
+        ("ignore_iof_thr", None, TypeError, "ignore_iof_thr must be a number, but is NoneType"),
+        ("ignore_iof_thr", torch.nan, ValueError, "ignore_iof_thr must be at least 0, but is nan"),
+        ("check_boxes", 2.5, TypeError, r"check_boxes must be True or False, but is 2\.5"),
+        ("num_level_anchors", 30, TypeError, "num_level_anchors must be a list or tuple"),
+        ("num_level_anchors", (24, 6.0), TypeError, r"num_level_anchors\[1\] must be an integer"),
         ("topk", 0, ValueError, "topk must be at least 1, but is 0"),
         ("anchors_per_location", 0, ValueError, "anchors_per_location must be at least 1"),
         ("gt_ignore", torch.rand(1, 3, 4), ValueError, r"gt_ignore .*\[2, 3, 4\].*\[1, 3, 4\]"),
         ("gt_ignore", torch.rand(2, 4), ValueError, r"gt_ignore must have shape \[B, boxes, 4\]"),
+        ("valid", torch.ones(30).bool().to_sparse(), TypeError, "valid must be a dense .*sparse"),
         ("valid", torch.ones(29).bool(), ValueError, r"\[30\] or \[2, 30\], but is \[29\]"),
         ("valid", torch.ones(30), TypeError, "valid must be a bool tensor, but is torch.float32"),
     ],
@@ -111,3 +119,13 @@ def test_the_bare_op_touches_no_memory_of_wrong_shape(position, value, message):
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dlkernels.atss_assign(*arguments)
+
+
+def test_more_candidates_than_an_integer_can_count():
+    assigned, _ = ops.atss_assign(GRID, None, BOXES, topk=2**70)
+    assert torch.equal(assigned, ops.atss_assign(GRID, None, BOXES, topk=24)[0])
+
+
+def test_a_grid_without_values():
+    with pytest.raises(ValueError, match=r"anchors must hold values.* on the device meta"):
+        ops.atss_assign(GRID.to("meta"), None, BOXES)

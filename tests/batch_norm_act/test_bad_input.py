@@ -20,6 +20,7 @@ from tests.batch_norm_act.cases import NAMES, make_inputs
         ("var", torch.randn(7), ValueError, r"var must have shape \[8\].*\[7\]"),
         ("residual", torch.randn(2, 8, 4, 5), ValueError, r"residual .*\[2, 8, 4, 4\].*4, 5\]"),
         ("residual", torch.randn(2, 8, 4, 4).half(), TypeError, "residual.*float16"),
+        ("sample_scale", torch.ones(2, device="meta"), ValueError, "sample_scale .*cpu.*meta"),
         ("sample_scale", torch.ones(3), ValueError, r"sample_scale must have shape \[2\].*\[3\]"),
     ],
 )
@@ -56,3 +57,28 @@ def test_the_bare_op_touches_no_memory_of_wrong_shape():
         torch.ops.dlkernels.batch_norm_act(
             x, torch.ones(4), *[None] * 5, 1e-5, "identity", 0.0, False
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"eps": None}, TypeError, "eps must be a number, but is NoneType"),
+        ({"eps": 0}, ValueError, "eps must be finite and above 0 with batch statistics, but is 0"),
+        ({"eps": float("nan")}, ValueError, "eps must be finite .*nan"),
+        ({"eps": float("inf")}, ValueError, "eps must be finite .*inf"),
+        ({"negative_slope": "0.1"}, TypeError, "negative_slope must be a number, but is str"),
+        ({"pool": None}, TypeError, "pool must be True or False, but is None"),
+    ],
+)
+def test_numbers(options, error, message):
+    with pytest.raises(error, match=message):
+        ops.batch_norm_act(torch.randn(2, 8, 4, 4), **options)
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "sample_scale"])
+def test_gradients_that_nothing_would_get(name):
+    inputs = make_inputs((2, 8, 4, 4), statistics=True, sample_scale=True)
+    arguments = dict(zip(NAMES, inputs.tensors, strict=True))
+    arguments[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"{name} gets no gradient and must not require one"):
+        ops.batch_norm_act(**arguments)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dlkernels import ops, use_backend
+from dlkernels import nn, ops, use_backend
 from dlkernels.batch_norm_act import reference
 from tests.batch_norm_act.cases import ACTIVATIONS, NAMES, SHAPES, make_inputs
 from tests.numbers import DEVICES_AND_BACKENDS, DTYPES, FORMATS, assert_exact, relative_error
@@ -177,3 +177,24 @@ def test_reference_backend_is_the_formula():
     with use_backend("reference"):
         outputs = ops.batch_norm_act(*tensors, activation="silu")
     assert torch.equal(outputs.out, plain(*tensors, activation="silu")[0])
+
+
+def test_an_empty_batch_changes_no_statistics():
+    """As in nn.BatchNorm2d; the gradients of weight and bias are 0."""
+    module, usual = nn.BatchNormAct2d(6), torch.nn.BatchNorm2d(6)
+    for norm in (module, usual):
+        norm(torch.randn(0, 6, 4, 4)).sum().backward()
+        assert norm.weight.grad.abs().sum() == 0
+    for (name, ours), wanted in zip(module.named_buffers(), usual.buffers(), strict=True):
+        assert torch.equal(ours, wanted), name
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_values_of_channels_in_either_dtype(backend):
+    x = torch.randn(2, 6, 4, 4)
+    weight, bias, mean, var = torch.rand(4, 6).bfloat16().float()
+    mixed = (weight.bfloat16(), bias, mean, var.bfloat16())
+    with use_backend(backend):
+        out = ops.batch_norm_act(x.bfloat16(), *mixed).out
+    wanted = plain(x.bfloat16().double(), *(v.double() for v in mixed), None, None)[0]
+    assert_exact("out", out, wanted, 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dlkernels import ops
+from dlkernels.boxes.anchors import AnchorGrid
 
 BOXES = torch.zeros(5, 4)
 LOGITS = torch.zeros(5, 3)
@@ -22,6 +23,7 @@ LABELS = torch.zeros(5, dtype=torch.int64)
         ({"target": BOXES.to("meta")}, ValueError, "target must be on the device of pred.*meta"),
         ({"kind": "eiou"}, ValueError, "kind must be one of 'iou'.*'eiou'"),
         ({"reduction": "max"}, ValueError, "reduction must be one of 'none'.*'max'"),
+        ({"eps": None}, TypeError, "eps must be a number, but is NoneType"),
         ({"eps": -1.0}, ValueError, r"eps must be at least 0, but is -1\.0"),
         ({"eps": float("nan")}, ValueError, "eps must be at least 0, but is nan"),
     ],
@@ -68,3 +70,36 @@ def test_the_bare_ops_touch_no_memory_of_wrong_shape():
         bare.sigmoid_focal_loss(LOGITS, LABELS[:2], None, 1.0, 1.0, 2.0, False)
     with pytest.raises(RuntimeError, match="weight must be float32"):
         bare.sigmoid_focal_loss(LOGITS, LABELS, LABELS, 1.0, 1.0, 2.0, False)
+
+
+ANCHORS = torch.rand(6, 4).cumsum(-1)
+
+
+@pytest.mark.parametrize(
+    ("assign", "options", "error", "message"),
+    [
+        (ops.max_iou_assign, {"pos_iou": "1"}, TypeError, "pos_iou must be a number, but is str"),
+        (ops.max_iou_assign, {"neg_iou": None}, TypeError, "neg_iou must be a number"),
+        (ops.max_iou_assign, {"low_quality": 1.0}, TypeError, "low_quality must be True or False"),
+        (ops.fcos_assign, {"ranges": [None]}, TypeError, r"ranges\[0\] must be a list or tuple"),
+        (ops.fcos_assign, {"ranges": [(0, 1, 2)]}, ValueError, r"ranges\[0\] must hold two"),
+        (ops.fcos_assign, {"ranges": [("0", 1)]}, TypeError, r"ranges\[0\] must be a number"),
+        (
+            ops.fcos_assign,
+            {"ranges": [(0, 1)], "center_radius": "1"},
+            TypeError,
+            "center_radius must be a number",
+        ),
+    ],
+)
+def test_assigners(assign, options, error, message):
+    with pytest.raises(error, match=message):
+        assign(ANCHORS, [6], ANCHORS[None, :2], **options)
+
+
+def test_yolo_assign():
+    grid = AnchorGrid.for_image((32, 32))
+    with pytest.raises(ValueError, match="ignore_iou must be at least 0, but is nan"):
+        ops.yolo_assign(grid, None, ANCHORS[None], ignore_iou=float("nan"))
+    assigned, _ = ops.yolo_assign(grid, None, ANCHORS[None], ignore_iou=2**70)
+    assert (assigned >= -1).all()

@@ -114,3 +114,46 @@ def test_the_bare_op_touches_no_memory_of_wrong_shape():
     kept = torch.ones(1, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="kept must be"):
         op(x, weights, *norms, [], [], kept, 0.5, 1e-5, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"training": None}, TypeError, "training must be True or False, but is None"),
+        ({"momentum": None}, TypeError, "momentum must be a number, but is NoneType"),
+        ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], but is 1.5"),
+        ({"eps": 0.0}, ValueError, "eps must be finite and above 0"),
+        ({"dropout": "much"}, TypeError, "dropout must be a number, but is str"),
+        ({"layers": None}, TypeError, "layers must be a list or tuple of layers.*NoneType"),
+        ({"layers": [None]}, TypeError, r"layers\[0\] must be a list or tuple"),
+        ({"layers": [[None]]}, TypeError, r"layers\[0\]\[0\] must be a NormConv.*NoneType"),
+    ],
+)
+def test_other_options(options, error, message):
+    arguments = {"layers": make_layers(SMALL), "training": True, **options}
+    with pytest.raises(error, match=message):
+        ops.dense_block(make_maps(SMALL), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mean: mean[:1].expand_as(mean), "running_mean must not be expanded"),
+        (lambda mean: mean.clone().requires_grad_(), "running_mean gets no gradient"),
+    ],
+)
+def test_running_statistics_that_cannot_be_updated(change, message):
+    stage = make_layers(SMALL)[0][0]
+    stage = stage._replace(running_mean=change(stage.running_mean))
+    with pytest.raises(ValueError, match=message):
+        ops.transition(make_maps(SMALL), stage, training=True)
+
+
+def test_slices():
+    maps = make_maps(SMALL)
+    with pytest.raises(TypeError, match="first must be an integer, but is float"):
+        ops.channel_statistics(maps, 0.5)
+    with pytest.raises(TypeError, match="count must be an integer, but is str"):
+        ops.channel_statistics(maps, 0, "all")
+    with pytest.raises(ValueError, match="first and count: the slice must lie within the 6"):
+        ops.channel_statistics(maps, 2, 2**70)

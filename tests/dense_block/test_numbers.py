@@ -212,3 +212,27 @@ def test_transition(size, dtype, memory_format, training):
     limit = tolerance(dtype, 2 * size[0] * size[1] + 140)
     for name, value in ours.items():
         assert relative_error(value, wanted[name]) <= limit, name
+
+
+def test_an_empty_batch_changes_no_statistics():
+    layers = make_layers(SMALL)
+    before = {name: value.clone() for name, value in running_of(layers).items()}
+    ops.dense_block(torch.randn(0, SMALL.c, 4, 4), layers, training=True)
+    for name, value in running_of(layers).items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_of_other_strides(training):
+    """Every other value of a buffer."""
+
+    def spread(tensor):
+        return torch.stack([tensor, tensor], -1)[..., 0]
+
+    layers = make_layers(SMALL)
+    strided = [[stage._make(map(spread, stage)) for stage in layer] for layer in layers]
+    x = make_maps(SMALL)
+    ours = ops.dense_block(x, strided, training=training)
+    assert torch.equal(ours, ops.dense_block(x, layers, training=training))
+    for name, value in running_of(strided).items():
+        assert torch.equal(value, running_of(layers)[name]), name

@@ -19,7 +19,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Launch:
             of tensors, those of its items.
         constants: the compile-time values.
         divisible: positions of the arguments that 16 divides; items of a tuple follow its own.
-        options: warps and stages, where the launcher names them.
+        options: warps, stages and registers at most, where the launcher names them.
     """
 
     kernel: JITFunction

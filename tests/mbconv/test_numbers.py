@@ -5,7 +5,9 @@ import torch
 
 from dlkernels import ops, use_backend
 from tests.mbconv.cases import CASES, NAMES, as_leaves, make_leaves, norms_of
-from tests.numbers import DTYPES, FORMATS, assert_exact, relative_error
+from tests.numbers import DEVICES_AND_BACKENDS, DTYPES, FORMATS, assert_exact, relative_error
+
+DEVICES_AND_BACKENDS = [pair for pair in DEVICES_AND_BACKENDS if pair[1] != "cuda"]
 
 
 def run(leaves, grads, stride, padding, evaluation, input_norm=True, activation="silu"):
@@ -24,15 +26,10 @@ def grads_like(leaves, stride, padding, dtype):
         result = ops.depthwise_conv_bn_act(
             *leaves[:2], norm, stride=stride, padding=padding, pool=True
         )
-    return [torch.randn(t.shape).to(dtype) for t in (result.out, result.pooled)]
+    return [torch.randn(t.shape).to(t.device, dtype) for t in (result.out, result.pooled)]
 
 
-@pytest.mark.parametrize("input_norm", [False, True], ids=["plain input", "input norm"])
-@pytest.mark.parametrize("evaluation", [False, True], ids=["training", "evaluation"])
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_norm):
+def check(case, dtype, memory_format, evaluation, input_norm, device, backend):
     """Within the contract; 16-bit gradients of the input's norm within twice eager's error.
 
     The batch norm behind makes the result almost independent of the scale before it, whose
@@ -40,9 +37,10 @@ def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_nor
     convolution's output to 16 bits allows, whoever computes it.
     """
     shape, size, stride, padding = case
-    tensors = make_leaves(shape, size, dtype, memory_format)
+    tensors = make_leaves(shape, size, dtype, memory_format, device)
     grads = grads_like(as_leaves(tensors, double=True), stride, padding, dtype)
-    ours, our_grads = run(as_leaves(tensors), grads, stride, padding, evaluation, input_norm)
+    with use_backend(backend):
+        ours, our_grads = run(as_leaves(tensors), grads, stride, padding, evaluation, input_norm)
     theirs, their_grads = run(
         as_leaves(tensors, double=True), grads, stride, padding, evaluation, input_norm
     )
@@ -64,26 +62,43 @@ def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_nor
             assert relative_error(a, exact) <= 2 * relative_error(b, exact)
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu", "hardswish", "mish"])
+@pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
+@pytest.mark.parametrize("input_norm", [False, True], ids=["plain input", "input norm"])
+@pytest.mark.parametrize("evaluation", [False, True], ids=["training", "evaluation"])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inference(dtype, memory_format, activation):
-    """Without gradients and with given statistics the raw output is never stored."""
-    for shape, size, stride, padding in CASES.values():
-        tensors = make_leaves(shape, size, dtype, memory_format)
-        results = []
-        for leaves in (tensors, [t.double() for t in tensors]):
-            norm, before = norms_of(leaves, True, activation=activation)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_outputs_and_gradients(case, dtype, memory_format, evaluation, input_norm, device, backend):
+    check(case, dtype, memory_format, evaluation, input_norm, device, backend)
+
+
+def check_inference(case, dtype, memory_format, activation, device, backend):
+    shape, size, stride, padding = case
+    tensors = make_leaves(shape, size, dtype, memory_format, device)
+    results = []
+    for leaves, served in ((tensors, backend), ([t.double() for t in tensors], "reference")):
+        norm, before = norms_of(leaves, True, activation=activation)
+        with use_backend(served):
             results.append(
                 ops.depthwise_conv_bn_act(
                     *leaves[:2], norm, before, stride=stride, padding=padding, pool=True
                 )
             )
-        ours, theirs = results
-        assert ours.raw is None
-        assert ours.out.is_contiguous(memory_format=memory_format)
-        assert_exact("out", ours.out, theirs.out, shape[2] * shape[3])
-        assert_exact("pooled", ours.pooled, theirs.pooled, shape[2] * shape[3])
+    ours, theirs = results
+    assert ours.raw is None
+    assert ours.out.is_contiguous(memory_format=memory_format)
+    assert_exact("out", ours.out, theirs.out, shape[2] * shape[3])
+    assert_exact("pooled", ours.pooled, theirs.pooled, shape[2] * shape[3])
+
+
+@pytest.mark.parametrize(("device", "backend"), DEVICES_AND_BACKENDS)
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu", "hardswish", "mish"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference(dtype, memory_format, activation, device, backend):
+    """Without gradients and with given statistics the raw output is never stored."""
+    for case in CASES.values():
+        check_inference(case, dtype, memory_format, activation, device, backend)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -13,6 +13,7 @@ from tests.squeeze_excite.cases import NAMES, make_inputs
         ("x", torch.randn(8, 4, 4), ValueError, r"x must have shape \[N, C, H, W\].*\[8, 4, 4\]"),
         ("x", torch.ones(2, 8, 4, 4, dtype=torch.int64), TypeError, "x must be float32.*int64"),
         ("x", "maps", TypeError, "x must be a tensor, but is str"),
+        ("x", torch.ones(2, 8, 4, 4).to_sparse(), TypeError, "x must be a dense .*sparse_coo"),
         ("reduce_weight", torch.randn(2, 9), ValueError, r"reduce_weight .*\[R, 8\].*\[2, 9\]"),
         ("reduce_weight", torch.randn(2, 8, 3, 3), ValueError, r"reduce_weight .*\[2, 8, 3, 3\]"),
         ("reduce_weight", torch.randn(2, 8).bfloat16(), TypeError, "reduce_weight.*bfloat16"),
@@ -36,6 +37,8 @@ def test_tensors(name, value, error, message):
 def test_names(name):
     with pytest.raises(ValueError, match=f"{name} must be one of .*'softmax'"):
         ops.squeeze_excite(*make_inputs((2, 8, 4, 4, 2)).tensors, **{name: "softmax"})
+    with pytest.raises(ValueError, match=rf"{name} must be one of .*\['relu'\]"):
+        ops.squeeze_excite(*make_inputs((2, 8, 4, 4, 2)).tensors, **{name: ["relu"]})
 
 
 def test_module_style():

@@ -1,15 +1,18 @@
-"""The matrix product as tensor cores compute it, which Triton's interpreter does not.
+"""Triton's interpreter, mended: its matrix product, and the time of calls inside kernels.
 
-It multiplies the bit patterns of bfloat16, and float32 exactly whatever the precision asked for.
+It multiplies the bit patterns of bfloat16, and float32 exactly whatever the precision asked for;
+tensor cores do not.
 """
 
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import triton.language as tl
 from triton._C.libtriton.ir import INPUT_PRECISION
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
@@ -47,4 +50,25 @@ def _dot(_builder, a, b, accumulator, input_precision, _max_imprecise):
 @pytest.fixture(autouse=True)
 def tensor_cores():
     with mock.patch.object(InterpreterBuilder, "create_dot", _dot):
+        yield
+
+
+def _call(function, *args, **kwargs):
+    """Calls a function inside a kernel, whose launch has remapped the language."""
+    return function.rewrite()(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def quick_calls():
+    """Remaps the language once a launch; the interpreter does so at every call, in milliseconds."""
+    remap = interpreter._patch_lang
+    whole = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def remap_all(_function):
+        return remap(whole)
+
+    with (
+        mock.patch.object(InterpretedFunction, "__call__", _call),
+        mock.patch.object(interpreter, "_patch_lang", remap_all),
+    ):
         yield
