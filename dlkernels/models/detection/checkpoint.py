@@ -60,19 +60,23 @@ def _atss(classes: int, small: bool, options: dict[str, Any]) -> Detector:
 
 
 def _yolo(
-    detector: type[YOLOv4] | type[YOLOv3ASFF], classes: int, small: bool, options: dict[str, Any]
+    detector: type[YOLOv4] | type[YOLOv3ASFF],
+    shape_iou: float,
+    classes: int,
+    small: bool,
+    options: dict[str, Any],
 ) -> Detector:
     if small:
         # Many positives and heavy class losses: nine anchors' classes are to be learned quickly.
-        scaling: dict[str, Any] = {"width": 0.25, "depth": 0.125, "shape_iou": 0.213}
+        scaling: dict[str, Any] = {"width": 0.25, "depth": 0.125, "shape_iou": shape_iou}
         options = {**scaling, "loss_weights": LossWeights(class_=3.0), **options}
     return detector(classes, **options)
 
 
 DETECTORS: dict[str, Callable[[int, bool, dict[str, Any]], Detector]] = {
     "atss": _atss,
-    "yolov4": partial(_yolo, YOLOv4),
-    "yolov3_asff": partial(_yolo, YOLOv3ASFF),
+    "yolov4": partial(_yolo, YOLOv4, 0.45),
+    "yolov3_asff": partial(_yolo, YOLOv3ASFF, 0.213),
 }
 
 

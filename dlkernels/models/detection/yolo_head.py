@@ -76,7 +76,8 @@ class YOLO(Detector):
         shape_iou: IoU of shapes above which anchors in a box's cell are positive beside the best
             one; 1.0 for none.
         loss_weights: factors of the losses.
-        post_processing: which predictions become detections.
+        post_processing: which predictions become detections; by default with an ``nms_iou`` of
+            0.45, which is Darknet's: several anchors find each object.
         min_size: the shorter side that images are resized to, in pixels; of several, one is drawn
             for each image in training, and the last is that of evaluation.
         max_size: the most that the longer side may have.
@@ -118,7 +119,7 @@ class YOLO(Detector):
         self.ignore_iou = ignore_iou
         self.shape_iou = shape_iou
         self.loss_weights = loss_weights or LossWeights()
-        self.post_processing = post_processing or PostProcessing()
+        self.post_processing = post_processing or PostProcessing(nms_iou=0.45)
 
     @property
     def values_per_cell(self) -> int:
