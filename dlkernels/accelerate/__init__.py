@@ -82,7 +82,9 @@ def accelerate(
     accelerate it first, then compile or shard. In DistributedDataParallel, modules are swapped.
 
     The proof is of each module's forward. Code that calls the norm of a pair by itself, such as
-    an extractor of features between a norm and its activation, gets activated maps.
+    an extractor of features between a norm and its activation, gets activated maps. To synchronise
+    batch norms afterwards, use :func:`dlkernels.nn.convert_sync_batchnorm`: torch's own conversion
+    drops the activations inside them.
 
     Args:
         model: any module.
