@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import (
+    norm_act,
     statistics_of,
     update_running_statistics,
     values_per_channel,
 )
-from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.batch_norm_act.reference import activate
 from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
@@ -328,20 +328,10 @@ class MBConv(nn.Module):
             before = norm_arguments(self.part("expand_norm"), self.activation)
         convolved = self._convolve(hidden, before)
         projected = self._project(convolved)
-        norm = self.part("project_norm")
-        result = batch_norm_act(
-            projected,
-            norm.weight,
-            norm.bias,
-            *statistics_of(norm),
-            x if self.residual else None,
-            self._sample_scale(x),
-            eps=norm.eps,
-        )
+        residual = x if self.residual else None
+        result = norm_act(self.part("project_norm"), projected, residual, self._sample_scale(x))
         # Last, so that a block that runs out of memory leaves them all as they were.
         self._update_statistics(convolved, hidden)
-        count = values_per_channel(projected)
-        update_running_statistics(norm, result.mean, result.var, count)
         return result.out
 
     def _run_plain(self, x: Tensor) -> Tensor:

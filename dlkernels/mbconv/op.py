@@ -193,7 +193,18 @@ def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> 
             f"the kernel of size {size} must not be larger than the padded maps of x, which are "
             f"{height} x {width}"
         )
-    return (height - size) // stride + 1, (width - size) // stride + 1
+    return _output_shape(x, weight, stride, padding)[2:]
+
+
+def _output_shape(
+    x: Tensor, weight: Tensor, stride: int, padding: list[int]
+) -> tuple[int, int, int, int]:
+    samples, channels, height, width = x.shape
+    left, right, top, bottom = padding
+    size = weight.shape[-1]
+    out_height = (height + top + bottom - size) // stride + 1
+    out_width = (width + left + right - size) // stride + 1
+    return samples, channels, out_height, out_width
 
 
 def _check_norm(name: str, norm: Any, x: Tensor) -> None:
@@ -227,15 +238,8 @@ def _fake(
     pool: bool,
     keep_raw: bool,
 ) -> tuple[Tensor, ...]:
-    samples, channels, height, width = x.shape
-    left, right, top, bottom = padding
-    size = weight.shape[-1]
-    shape = (
-        samples,
-        channels,
-        (height + top + bottom - size) // stride + 1,
-        (width + left + right - size) // stride + 1,
-    )
+    shape = _output_shape(x, weight, stride, padding)
+    samples, channels = shape[:2]
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     raw = torch.empty_like(out) if keep_raw else x.new_empty((0,))
     pooled = x.new_empty((samples if pool else 0, channels), dtype=torch.float32)
