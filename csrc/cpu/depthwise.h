@@ -357,23 +357,29 @@ DLKERNELS_NOINLINE void input_gradient_of_rows(
 
 // ---- pixels -------------------------------------------------------------
 
-// Pixels of kGroup channels each, of which vectors are one part.
+// Some rows of a plane, in a ring: row y takes the place of an earlier one.
+// Pixels are of kGroup channels each, of which vectors are one part.
 struct Pixels {
   float* data;
   int64_t stride;  // from row to row
+  int64_t mask;    // the ring's rows, a power of two, less one
 
   DLKERNELS_MEMBER float* at(int64_t y, int64_t x) const {
-    return data + y * stride + x * kGroup;
+    return data + (y & mask) * stride + x * kGroup;
   }
 };
 
-// Sums of X outputs from (y, x) on.
+// Sums of X outputs from x on; rows point to the first pixels that the first
+// output of their row reads.
 template <int KH, int KW, int S, int X>
 DLKERNELS_INLINE void convolve_some_pixels(
-    const Pixels& in, const float* weight, int64_t y, int64_t x, Vec* total) {
+    const float* const (&rows)[KH],
+    const float* weight,
+    int64_t x,
+    Vec* total) {
 #pragma GCC unroll 8
   for (int ky = 0; ky < KH; ++ky) {
-    const float* row = in.at(y * S + ky, x * S);
+    const float* row = rows[ky] + x * S * kGroup;
     Vec tap[KW];
 #pragma GCC unroll 8
     for (int kx = 0; kx < KW; ++kx) {
@@ -393,12 +399,11 @@ DLKERNELS_INLINE void convolve_some_pixels(
   }
 }
 
-// Row y of the outputs, their pixels `step` apart; some may be computed twice.
+// A row of outputs, their pixels `step` apart; some may be computed twice.
 template <int KH, int KW, int S>
 DLKERNELS_INLINE void convolve_some_row(
-    const Pixels& in,
+    const float* const (&rows)[KH],
     const float* weight,
-    int64_t y,
     int64_t width,
     float* out,
     int64_t step) {
@@ -406,7 +411,7 @@ DLKERNELS_INLINE void convolve_some_row(
   if (width < kPixels) {
     for (int64_t x = 0; x < width; ++x) {
       Vec total{};
-      convolve_some_pixels<KH, KW, S, 1>(in, weight, y, x, &total);
+      convolve_some_pixels<KH, KW, S, 1>(rows, weight, x, &total);
       store(out + x * step * kGroup, total);
     }
     return;
@@ -414,7 +419,7 @@ DLKERNELS_INLINE void convolve_some_row(
   for (int64_t x = 0; x < width; x += kPixels) {
     const int64_t first = x + kPixels <= width ? x : width - kPixels;
     Vec total[kPixels] = {};
-    convolve_some_pixels<KH, KW, S, kPixels>(in, weight, y, first, total);
+    convolve_some_pixels<KH, KW, S, kPixels>(rows, weight, first, total);
 #pragma GCC unroll 8
     for (int i = 0; i < kPixels; ++i) {
       store(out + (first + i) * step * kGroup, total[i]);
@@ -422,6 +427,7 @@ DLKERNELS_INLINE void convolve_some_row(
   }
 }
 
+// Row y of the outputs.
 template <int K, int S>
 DLKERNELS_NOINLINE void convolve_row_of_pixels(
     const Pixels& in,
@@ -429,7 +435,11 @@ DLKERNELS_NOINLINE void convolve_row_of_pixels(
     int64_t y,
     int64_t width,
     float* out) {
-  convolve_some_row<K, K, S>(in, weight, y, width, out, 1);
+  const float* rows[K];
+  for (int ky = 0; ky < K; ++ky) {
+    rows[ky] = in.at(y * S + ky, 0);
+  }
+  convolve_some_row<K, K, S>(rows, weight, width, out, 1);
 }
 
 // Adds the gradient of M rows of taps, from ky on, to sums [K * K, kGroup].
@@ -438,54 +448,60 @@ DLKERNELS_INLINE void weight_gradient_of_some_taps(
     const Pixels& in,
     const Pixels& grad,
     int ky,
-    int64_t height,
+    int64_t begin,
+    int64_t end,
     int64_t width,
     float* sums) {
-  for (int64_t y = 0; y < height; ++y) {
+  Vec total[M][K] = {};
+  for (int64_t y = begin; y < end; ++y) {
     const float* grads = grad.at(y, 0);
-    const float* values = in.at(y * S + ky, 0);
-    Vec total[M][K] = {};
+    const float* rows[M];
+    for (int m = 0; m < M; ++m) {
+      rows[m] = in.at(y * S + ky + m, 0);
+    }
     for (int64_t x = 0; x < width; ++x) {
       const Vec at = load(grads + x * kGroup);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const float* row = values + m * in.stride + x * S * kGroup;
+        const float* row = rows[m] + x * S * kGroup;
 #pragma GCC unroll 8
         for (int kx = 0; kx < K; ++kx) {
           total[m][kx] += at * load(row + kx * kGroup);
         }
       }
     }
+  }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
-      for (int kx = 0; kx < K; ++kx) {
-        float* tap = sums + ((ky + m) * K + kx) * kGroup;
-        store(tap, load(tap) + total[m][kx]);
-      }
+    for (int kx = 0; kx < K; ++kx) {
+      float* tap = sums + ((ky + m) * K + kx) * kGroup;
+      store(tap, load(tap) + total[m][kx]);
     }
   }
 }
 
-// Adds the gradient of the K * K weights to sums [K * K, kGroup], as many rows
-// of taps at a time as there are registers for: few sums would wait for each
-// other.
+// Adds the gradient of the K * K weights from the outputs' rows begin to end to
+// sums [K * K, kGroup], as many rows of taps at a time as there are registers
+// for: few sums would wait for each other.
 template <int K, int S>
 DLKERNELS_NOINLINE void weight_gradient_of_pixels(
     const Pixels& in,
     const Pixels& grad,
-    int64_t height,
+    int64_t begin,
+    int64_t end,
     int64_t width,
     float* sums) {
-  constexpr int kTapRows = 12 / K;
+  constexpr int kSums = kVecSize == 16 ? 28 : 12;
+  constexpr int kTapRows = kSums / K < K ? kSums / K : K;
   int ky = 0;
   for (; ky + kTapRows <= K; ky += kTapRows) {
     weight_gradient_of_some_taps<K, S, kTapRows>(
-        in, grad, ky, height, width, sums);
+        in, grad, ky, begin, end, width, sums);
   }
   if constexpr (K % kTapRows != 0) {
     weight_gradient_of_some_taps<K, S, K % kTapRows>(
-        in, grad, ky, height, width, sums);
+        in, grad, ky, begin, end, width, sums);
   }
 }
 
@@ -506,6 +522,7 @@ DLKERNELS_NOINLINE void turn_taps_of_pixels(
   }
 }
 
+// Of the residues P and Q, from the outputs' row on.
 template <int K, int S, int P, int Q>
 DLKERNELS_INLINE void input_gradient_of_some_row(
     const DepthwiseShape& shape,
@@ -516,24 +533,24 @@ DLKERNELS_INLINE void input_gradient_of_some_row(
   constexpr int kHigh = taps(K, S, P);
   constexpr int kWide = taps(K, S, Q);
   const Phase columns = phase_of<S>(shape.width, shape.pad_left, Q);
-  const Pixels from{
-      grad.at(row - kHigh + 1, columns.begin - kWide + 1), grad.stride};
+  const float* rows[kHigh];
+  for (int i = 0; i < kHigh; ++i) {
+    rows[i] = grad.at(row - kHigh + 1 + i, columns.begin - kWide + 1);
+  }
   const int64_t left = S * columns.begin + Q - shape.pad_left;
   convolve_some_row<kHigh, kWide, 1>(
-      from, turned, 0, columns.count, out + left * kGroup, S);
+      rows, turned, columns.count, out + left * kGroup, S);
 }
 
-// Row y of the input's gradient; `grad` begins with row `first` of the outputs,
-// `turned` is as turn_taps_of_pixels leaves it.
+// Row y of the input's gradient; `turned` is as turn_taps_of_pixels leaves it.
 template <int K, int S>
 DLKERNELS_NOINLINE void input_gradient_of_row(
     const DepthwiseShape& shape,
     const Pixels& grad,
-    int64_t first,
     const float* turned,
     int64_t y,
     float* out) {
-  const int64_t row = (y + shape.pad_top) / S - first;
+  const int64_t row = (y + shape.pad_top) / S;
   if constexpr (S == 1) {
     input_gradient_of_some_row<K, 1, 0, 0>(shape, grad, turned, row, out);
   } else {

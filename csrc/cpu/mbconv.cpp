@@ -90,6 +90,19 @@ int64_t groups_of(const DepthwiseShape& shape) {
   return ceil_div(shape.channels, kGroup);
 }
 
+// The weight as kernels of channels_last maps read it.
+std::vector<float> grouped(const DepthwiseShape& shape, const float* weight) {
+  const int64_t taps = shape.kernel * shape.kernel;
+  std::vector<float> result(groups_of(shape) * taps * kGroup);
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    float* group = result.data() + c / kGroup * taps * kGroup + c % kGroup;
+    for (int64_t k = 0; k < taps; ++k) {
+      group[k * kGroup] = weight[c * taps + k];
+    }
+  }
+  return result;
+}
+
 struct InputNorm {
   std::optional<Tensor> weight;
   std::optional<Tensor> bias;
@@ -171,7 +184,7 @@ depthwise_conv_bn_act(
   Tensor pooled = empty_float(x, {pool ? shape.samples : 0, shape.channels});
   post.args.out = out.mutable_data_ptr();
   post.args.pooled = pool ? pooled.mutable_data_ptr<float>() : nullptr;
-  const MbconvArgs args{
+  MbconvArgs args{
       shape,
       has_input_norm,
       pre.args,
@@ -183,6 +196,11 @@ depthwise_conv_bn_act(
   const auto& kernels = mbconv_kernels();
   const auto& norms = batch_norm_act_kernels();
   const bool channels_last = format == MemoryFormat::ChannelsLast;
+  std::vector<float> weights;
+  if (channels_last) {
+    weights = grouped(shape, args.weight);
+    args.weight = weights.data();
+  }
   if (!keep_raw) {
     norms.set_scales(pre.args, 0, shape.channels);
     norms.set_scales(post.args, 0, shape.channels);
@@ -301,6 +319,8 @@ depthwise_conv_bn_act_backward(
     run(args, format, kernels.backward, shape.channels, true);
   } else {
     const int64_t items = shape.samples * groups_of(shape);
+    const std::vector<float> weights = grouped(shape, args.weight);
+    args.weight = weights.data();
     Tensor partial = empty_float(x, {items, taps, kGroup});
     args.grad_weight = partial.mutable_data_ptr<float>();
     post.reduce_gradients_channels_last();

@@ -410,54 +410,76 @@ void backward(const Args& args, float* memory, int64_t begin, int64_t end) {
 
 // ---- channels_last maps: a group of channels of one sample --------------
 
-// Rows of outputs, which are worked on together.
+// Rows of a map.
 struct Band {
   int64_t first;
   int64_t rows;
+
+  int64_t end() const {
+    return first + rows;
+  }
 };
 
-// So many that their inputs stay in the second-level cache, and no less than
-// the rows that one band's gradients leave to the next.
-int64_t rows_per_band(const DepthwiseShape& shape) {
-  constexpr int64_t kFloats = 32768;
-  const int64_t fitting =
-      kFloats / (columns_read(shape) * kGroup * shape.stride);
-  const int64_t rows = fitting < shape.kernel ? shape.kernel : fitting;
-  return rows < shape.out_height ? rows : shape.out_height;
+int64_t next_power_of_two(int64_t value) {
+  int64_t power = 1;
+  while (power < value) {
+    power *= 2;
+  }
+  return power;
 }
 
-// Rows of inputs that two neighbouring bands share.
+// Rows of inputs that neighbouring rows of outputs share.
 int64_t shared_rows(const DepthwiseShape& shape) {
   return shape.kernel - shape.stride;
 }
 
+// Rows of the outputs' gradient that a row of the input's needs beside the last
+// of them.
+int64_t earlier_rows(const DepthwiseShape& shape) {
+  return (shape.kernel - 1) / shape.stride;
+}
+
+// How many rows of a width fit into the first-level cache beside what else is
+// at work, as a power of two.
+int64_t fitting_rows(int64_t width) {
+  constexpr int64_t kFloats = 6144;
+  int64_t rows = 1;
+  while (2 * rows * width * kGroup <= kFloats) {
+    rows *= 2;
+  }
+  return rows;
+}
+
 struct GroupScratch {
-  int64_t band;   // rows of outputs
-  Pixels in;      // pre(x) for them, padded
-  Pixels grad;    // of them; data points to the first one
-  float* row;     // of outputs, or of the input's gradient
-  float* weight;  // [kernel * kernel, kGroup]
-  float* turned;  // the same, as the input's gradient needs them
+  int64_t band;  // rows of outputs that are worked on together
+  Pixels in;     // pre(x) for them, padded
+  Pixels grad;   // of them, padded; data points to the first pixel of a row
+  float* row;    // of outputs, or of the input's gradient
+  const float* weight;  // [kernel * kernel, kGroup]
+  float* turned;        // the same, as the input's gradient needs them
 
   int64_t taken;
 
-  GroupScratch(const DepthwiseShape& shape, Scratch scratch, bool backward) {
-    const int64_t stride = columns_read(shape) * kGroup;
-    band = rows_per_band(shape);
-    const int64_t rows = band * shape.stride + shared_rows(shape);
-    in = {scratch.take(rows * stride), stride};
+  GroupScratch(const DepthwiseShape& shape, Scratch scratch, bool backward)
+      : weight(nullptr) {
+    const int64_t width = columns_read(shape);
+    const int64_t fitting = fitting_rows(width);
+    const int64_t least = next_power_of_two(shape.kernel);
+    const int64_t ring = fitting < least ? least : fitting;
+    const int64_t rows = (ring - shared_rows(shape)) / shape.stride;
+    band = rows < shape.out_height ? rows : shape.out_height;
+    in = {scratch.take(ring * width * kGroup), width * kGroup, ring - 1};
     if (backward) {
       const int64_t margin = gradient_margin(shape);
-      const int64_t grad_stride = (shape.out_width + 2 * margin + 1) * kGroup;
-      float* first = scratch.take((band + 2 * margin + 1) * grad_stride);
-      grad = {first + margin * (grad_stride + kGroup), grad_stride};
+      const int64_t stride = (shape.out_width + 2 * margin + 1) * kGroup;
+      const int64_t grads = next_power_of_two(band + earlier_rows(shape));
+      grad = {
+          scratch.take(grads * stride) + margin * kGroup, stride, grads - 1};
     }
     const int64_t longer =
         shape.width < shape.out_width ? shape.out_width : shape.width;
     row = scratch.take(longer * kGroup);
-    // Parts of a group read and turn kGroup channels from their own first one.
-    weight = scratch.take((shape.kernel * shape.kernel + 1) * kGroup);
-    turned = scratch.take((shape.kernel * shape.kernel + 1) * kGroup);
+    turned = scratch.take(shape.kernel * shape.kernel * kGroup);
     taken = scratch.taken();
   }
 
@@ -483,24 +505,16 @@ Group group_of(const DepthwiseShape& shape, int64_t item) {
   return {item / groups, item % groups * kGroup};
 }
 
+const float* weights_of(const Args& args, const Group& group) {
+  return args.weight + group.channel * args.shape.kernel * args.shape.kernel;
+}
+
 // Calls body(part, lanes) for the vectors that make up the group's channels.
 template <typename Body>
 DLKERNELS_INLINE void for_each_part(
     const DepthwiseShape& shape, const Group& group, const Body& body) {
   const int64_t rest = shape.channels - group.channel;
   for_each_vec(rest < kGroup ? rest : kGroup, body);
-}
-
-void load_weights(
-    const Args& args, const Group& group, const GroupScratch& scratch) {
-  const int64_t taps = args.shape.kernel * args.shape.kernel;
-  const int64_t rest = args.shape.channels - group.channel;
-  for (int64_t i = 0; i < kGroup && i < rest; ++i) {
-    for (int64_t k = 0; k < taps; ++k) {
-      scratch.weight[k * kGroup + i] =
-          args.weight[(group.channel + i) * taps + k];
-    }
-  }
 }
 
 // The norm of some channels of channels_last maps.
@@ -535,6 +549,12 @@ DLKERNELS_INLINE void clear_pixels(float* row, int64_t width) {
   }
 }
 
+// Pixels of channels_last maps lie apart, where hardware does not prefetch.
+template <typename T>
+DLKERNELS_INLINE void prefetch_pixel(const T* pixel) {
+  __builtin_prefetch(pixel, /*rw=*/0, /*locality=*/2);
+}
+
 // Fills the padded rows that a band reads with pre(x), but for those that it
 // shares with the one before.
 template <typename T, typename Act, typename Lanes>
@@ -545,25 +565,30 @@ DLKERNELS_NOINLINE void fill_pixels(
     const Part<Lanes>& part,
     const Band& band) {
   const DepthwiseShape& shape = args.shape;
+  const int64_t channels = shape.channels;
   const T* x = static_cast<const T*>(args.pre.x) +
-               part.sample * area_of(shape) * shape.channels + part.c;
+               part.sample * area_of(shape) * channels + part.c;
   const ChannelsNorm norm(args.pre, part.c, part.lanes);
   const int64_t fitting = columns_read(shape) - shape.pad_left;
   const int64_t width = fitting < shape.width ? fitting : shape.width;
   const int64_t shared = shared_rows(shape);
-  for (int64_t i = band.first == 0 ? 0 : shared;
-       i < band.rows * shape.stride + shared;
-       ++i) {
+  const int64_t begin =
+      band.first == 0 ? 0 : band.first * shape.stride + shared;
+  const int64_t end = band.end() * shape.stride + shared;
+  for (int64_t i = begin; i < end; ++i) {
     float* row = scratch.in.at(i, shape.pad_left);
-    const int64_t y = band.first * shape.stride + i - shape.pad_top;
+    const int64_t y = i - shape.pad_top;
     if (y < 0 || y >= shape.height) {
       clear_pixels(row, width);
       continue;
     }
-    const T* from = x + y * shape.width * shape.channels;
+    const T* from = x + y * shape.width * channels;
+    const int64_t ahead = y + 1 < shape.height ? shape.width * channels : 0;
     for (int64_t j = 0; j < width; ++j) {
-      const Vec value = norm(load(from + j * shape.channels, part.lanes));
-      store(row + j * kGroup, act.value(value));
+      prefetch_pixel(from + ahead);
+      store(row, act.value(norm(load(from, part.lanes))));
+      from += channels;
+      row += kGroup;
     }
   }
 }
@@ -579,19 +604,22 @@ DLKERNELS_NOINLINE void finish_pixels(
     const Band& band,
     float* sums) {
   const DepthwiseShape& shape = args.shape;
+  const int64_t channels = shape.channels;
+  const int64_t width = shape.out_width;
   const ChannelsNorm norm(args.post, part.c, part.lanes);
   const int64_t first = part.sample * shape.out_height + band.first;
-  T* out = static_cast<T*>(args.post.out) +
-           first * shape.out_width * shape.channels + part.c;
+  T* out = static_cast<T*>(args.post.out) + first * width * channels + part.c;
   Vec total = load(sums);
-  for (int64_t y = 0; y < band.rows; ++y) {
+  for (int64_t y = band.first; y < band.end(); ++y) {
     convolution.row_of_pixels(
-        scratch.in, scratch.weight, y, shape.out_width, scratch.row);
+        scratch.in, scratch.weight, y, width, scratch.row);
+    const float* from = scratch.row;
     Vec row{};
-    for (int64_t x = 0; x < shape.out_width; ++x) {
-      const Vec value = act.value(norm(load(scratch.row + x * kGroup)));
+    for (int64_t x = 0; x < width; ++x) {
+      const Vec value = act.value(norm(load(from)));
       store(out, value, part.lanes);
-      out += shape.channels;
+      out += channels;
+      from += kGroup;
       row += value;
     }
     total += row;
@@ -599,28 +627,19 @@ DLKERNELS_NOINLINE void finish_pixels(
   store(sums, total);
 }
 
-// Moves rows, of whole groups, within a plane; they may overlap.
-void move_rows(const Pixels& plane, int64_t from, int64_t to, int64_t rows) {
-  __builtin_memmove(
-      plane.at(to, 0), plane.at(from, 0), rows * plane.stride * sizeof(float));
-}
-
 // Calls body(first channel, scratch, part, band) for the parts of each band of
-// a group, of which pre(x) and the weights have been put in place.
+// a group, of which pre(x) has been put in place.
 template <typename Body>
 DLKERNELS_INLINE void for_each_filled_part(
     const Args& args,
-    const GroupScratch& whole,
+    GroupScratch whole,
     const Group& group,
     const Body& body) {
   const DepthwiseShape& shape = args.shape;
-  load_weights(args, group, whole);
+  whole.weight = weights_of(args, group);
   for (int64_t y = 0; y < shape.out_height; y += whole.band) {
     const int64_t rest = shape.out_height - y;
     const Band band{y, rest < whole.band ? rest : whole.band};
-    if (y > 0) {
-      move_rows(whole.in, whole.band * shape.stride, 0, shared_rows(shape));
-    }
     for_each_part(shape, group, [&](int64_t first, auto lanes) {
       const GroupScratch scratch = whole.from(first);
       const Part<decltype(lanes)> part{
@@ -670,7 +689,9 @@ template <typename T, typename Lanes>
 DLKERNELS_INLINE void store_row(
     const float* row, int64_t width, int64_t channels, T* out, Lanes lanes) {
   for (int64_t x = 0; x < width; ++x) {
-    store(out + x * channels, load(row + x * kGroup), lanes);
+    store(out, load(row), lanes);
+    row += kGroup;
+    out += channels;
   }
 }
 
@@ -685,10 +706,10 @@ void convolve_last(
                             const Band& band) {
     dispatch(shape.dtype, [&](auto* tag) {
       auto* raw = static_cast<decltype(tag)>(args.raw) + part.c;
-      for (int64_t y = 0; y < band.rows; ++y) {
+      for (int64_t y = band.first; y < band.end(); ++y) {
         convolution.row_of_pixels(
             filled.in, filled.weight, y, shape.out_width, filled.row);
-        const int64_t row = part.sample * shape.out_height + band.first + y;
+        const int64_t row = part.sample * shape.out_height + y;
         store_row(
             filled.row,
             shape.out_width,
@@ -703,7 +724,7 @@ void convolve_last(
   }
 }
 
-// The gradient of a band of raw, padded with zeros.
+// The gradient of a band of raw.
 template <typename T, typename Act, typename Lanes>
 DLKERNELS_NOINLINE void fill_gradient(
     const Args& args,
@@ -713,64 +734,109 @@ DLKERNELS_NOINLINE void fill_gradient(
     const Band& band) {
   const DepthwiseShape& shape = args.shape;
   const BatchNormActArgs& post = args.post;
-  const int64_t first =
-      part.sample * out_area_of(shape) * shape.channels + part.c;
+  const int64_t channels = shape.channels;
+  const int64_t first = part.sample * out_area_of(shape) * channels + part.c;
   const T* raw = static_cast<const T*>(args.raw) + first;
   const T* grad_out = static_cast<const T*>(post.grad_out) + first;
   const ChannelsNorm norm(post, part.c, part.lanes);
   const Vec shift = load(post.partial + part.c, part.lanes);
-  const Vec slope = load(post.partial + shape.channels + part.c, part.lanes);
+  const Vec slope = load(post.partial + channels + part.c, part.lanes);
   Vec pooled{};
   if (post.grad_pooled != nullptr) {
-    const float* of = post.grad_pooled + part.sample * shape.channels + part.c;
+    const float* of = post.grad_pooled + part.sample * channels + part.c;
     pooled = load(of, part.lanes) / static_cast<float>(post.area);
   }
-  for (int64_t y = 0; y < band.rows; ++y) {
+  for (int64_t y = band.first; y < band.end(); ++y) {
     float* row = scratch.grad.at(y, 0);
+    int64_t i = y * shape.out_width * channels;
+    const int64_t ahead =
+        y + 1 < shape.out_height ? shape.out_width * channels : 0;
     for (int64_t x = 0; x < shape.out_width; ++x) {
-      const int64_t i =
-          ((band.first + y) * shape.out_width + x) * shape.channels;
+      prefetch_pixel(raw + i + ahead);
+      prefetch_pixel(grad_out + i + ahead);
       const Vec value = load(raw + i, part.lanes);
       const Vec grad =
           (load(grad_out + i, part.lanes) + pooled) * act.slope(norm(value));
       const Vec deviation = value - norm.mean;
-      store(row + x * kGroup, norm.scale * (grad - shift - deviation * slope));
+      store(row, norm.scale * (grad - shift - deviation * slope));
+      i += channels;
+      row += kGroup;
     }
   }
 }
 
-// Puts what lies above and below a band's gradients in place, for all parts:
-// the last rows of the band before, or zeros.
-void surround_gradient(
-    const DepthwiseShape& shape,
-    const GroupScratch& scratch,
-    const Band& band) {
-  const int64_t margin = gradient_margin(shape);
-  const auto clear = [&](int64_t y, int64_t rows) {
-    float* first = scratch.grad.at(y, 0) - margin * kGroup;
-    __builtin_memset(first, 0, rows * scratch.grad.stride * sizeof(float));
-  };
-  if (band.first == 0) {
-    clear(-margin, margin);
-  } else {
-    move_rows(scratch.grad, scratch.band - margin, -margin, margin);
-  }
-  if (band.first + band.rows == shape.out_height) {
-    clear(band.rows, margin + 1);
-  }
-}
-
-// The rows of the input's gradient that are complete with a band of outputs,
-// and were not before.
-Band completed_rows(const DepthwiseShape& shape, const Band& band) {
+// The rows of the input that the outputs' rows up to `end` complete, and those
+// up to `begin` did not.
+Band completed_rows(const DepthwiseShape& shape, int64_t begin, int64_t end) {
   const auto row_of = [&](int64_t output) {
     const int64_t y = output * shape.stride - shape.pad_top;
     return y < 0 ? 0 : y < shape.height ? y : shape.height;
   };
-  const int64_t next = band.first + band.rows;
-  const int64_t begin = band.first == 0 ? 0 : row_of(band.first);
-  const int64_t end = next == shape.out_height ? shape.height : row_of(next);
-  return {begin, end - begin};
+  return {row_of(begin), row_of(end) - row_of(begin)};
+}
+
+// Writes rows of the input's gradient.
+template <typename T, typename Lanes>
+void write_input_gradient(
+    const Args& args,
+    const Convolution& convolution,
+    const GroupScratch& scratch,
+    const Part<Lanes>& part,
+    const Band& rows) {
+  const DepthwiseShape& shape = args.shape;
+  T* grad_x = static_cast<T*>(args.pre.grad_x) + part.c;
+  for (int64_t y = rows.first; y < rows.end(); ++y) {
+    convolution.input_gradient_of_row(
+        shape, scratch.grad, scratch.turned, y, scratch.row);
+    store_row(
+        scratch.row,
+        shape.width,
+        shape.channels,
+        grad_x +
+            (part.sample * shape.height + y) * shape.width * shape.channels,
+        part.lanes);
+  }
+}
+
+// The outputs' rows above the first band are zeros, as are those below the
+// last one, which the input's last rows wait for.
+template <typename T, typename Lanes>
+void convolve_band_backward(
+    const Args& args,
+    const Convolution& convolution,
+    const GroupScratch& scratch,
+    const Part<Lanes>& part,
+    const Band& band,
+    float* grad_weight) {
+  const DepthwiseShape& shape = args.shape;
+  const auto clear_row = [&](int64_t y) {
+    clear_pixels(scratch.grad.at(y, 0), shape.out_width);
+  };
+  if (band.first == 0) {
+    for (int64_t y = -earlier_rows(shape); y < 0; ++y) {
+      clear_row(y);
+    }
+  }
+  specialize(args.post, [&](auto* tag, const auto& act) {
+    fill_gradient<std::remove_pointer_t<decltype(tag)>>(
+        args, scratch, act, part, band);
+  });
+  convolution.weight_gradient_of_pixels(
+      scratch.in,
+      scratch.grad,
+      band.first,
+      band.end(),
+      shape.out_width,
+      grad_weight);
+  Band rows = completed_rows(shape, band.first, band.end());
+  write_input_gradient<T>(args, convolution, scratch, part, rows);
+  for (int64_t y = band.end();
+       band.end() == shape.out_height && rows.end() < shape.height;
+       ++y) {
+    clear_row(y);
+    rows = completed_rows(shape, y, y + 1);
+    write_input_gradient<T>(args, convolution, scratch, part, rows);
+  }
 }
 
 void convolve_last_backward(
@@ -784,35 +850,9 @@ void convolve_last_backward(
                             const GroupScratch& filled,
                             const auto& part,
                             const Band& band) {
-    if (first == 0) {
-      surround_gradient(shape, scratch, band);
-    }
-    specialize(args.post, [&](auto* tag, const auto& act) {
-      fill_gradient<std::remove_pointer_t<decltype(tag)>>(
-          args, filled, act, part, band);
-    });
-    convolution.weight_gradient_of_pixels(
-        filled.in,
-        filled.grad,
-        band.rows,
-        shape.out_width,
-        grad_weight + first);
-    convolution.turn_taps(filled.weight, filled.turned);
     dispatch(shape.dtype, [&](auto* tag) {
-      auto* grad_x = static_cast<decltype(tag)>(args.pre.grad_x) + part.c;
-      const Band completed = completed_rows(shape, band);
-      for (int64_t i = 0; i < completed.rows; ++i) {
-        const int64_t y = completed.first + i;
-        convolution.input_gradient_of_row(
-            shape, filled.grad, band.first, filled.turned, y, filled.row);
-        const int64_t row = part.sample * shape.height + y;
-        store_row(
-            filled.row,
-            shape.width,
-            shape.channels,
-            grad_x + row * shape.width * shape.channels,
-            part.lanes);
-      }
+      convolve_band_backward<std::remove_pointer_t<decltype(tag)>>(
+          args, convolution, filled, part, band, grad_weight + first);
     });
   };
   for (int64_t item = begin; item < end; ++item) {
@@ -820,7 +860,9 @@ void convolve_last_backward(
     for (int64_t i = 0; i < weights; ++i) {
       grad_weight[i] = 0.0f;
     }
-    for_each_filled_part(args, scratch, group_of(shape, item), convolve);
+    const Group group = group_of(shape, item);
+    convolution.turn_taps(weights_of(args, group), scratch.turned);
+    for_each_filled_part(args, scratch, group, convolve);
   }
 }
 

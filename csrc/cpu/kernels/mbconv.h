@@ -11,8 +11,8 @@
 // Contiguous maps are worked on channel by channel: all samples of a channel go
 // through every pass, statistics included, while they lie in cache, so that
 // each map is read or written once. Of channels_last maps the convolution works
-// on kGroup channels of one sample, a cache line a pixel, in bands of rows that
-// stay in the second-level cache; the norms' passes are those of
+// on kGroup channels of one sample, a cache line a pixel, on a few rows at a
+// time that stay in the first-level cache; the norms' passes are those of
 // batch_norm_act.
 //
 // Every kernel takes scratch memory of scratch_floats(), zeroed, for itself.
@@ -43,8 +43,10 @@ struct MbconvArgs {
   bool has_pre;
   BatchNormActArgs pre;   // of x
   BatchNormActArgs post;  // of raw
-  const float* weight;    // [channels, kernel, kernel]
-  void* raw;              // the convolution's output
+  // [channels, kernel, kernel], or channels_last
+  // [groups, kernel * kernel, kGroup].
+  const float* weight;
+  void* raw;  // the convolution's output
   // [channels, kernel, kernel], or channels_last
   // [samples, groups, kernel * kernel, kGroup].
   float* grad_weight;
