@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,14 @@ def test_contents(wheel):
     assert not outside, "torch's libraries, or tests, were packed"
 
 
+def test_it_names_no_folder_of_the_machine_that_built_it(wheel):
+    folders = [str(ROOT).encode(), str(Path(torch.__file__).parents[1]).encode()]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            content = archive.read(name)
+            assert not [folder for folder in folders if folder in content], name
+
+
 def test_policy(wheel):
     show = [sys.executable, "-m", "auditwheel", "show", "--json", wheel]
     shown = json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
@@ -114,6 +123,7 @@ def test_installed_outside_the_source_tree(wheel, installed):
 )
 def test_info_says_why_cuda_is_not_there(cuda, message, wheel, installed):
     shown = installed.run("-c", OTHER_CUDA.format(cuda=cuda)).stdout
+    assert shown.startswith(f"dlkernels {wheel.name.split('-')[1]}, torch 2.")
     assert "cpp" in shown
     if is_for_cuda(wheel):
         assert "but torch 2." in shown
