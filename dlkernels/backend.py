@@ -30,7 +30,7 @@ import torch
 
 BACKENDS = ("cpp", "cuda", "triton", "reference")
 
-# The oldest torch that the compiled parts load under: the stable ABI they are built for.
+# The oldest torch: the compiled parts are on its stable ABI.
 MINIMUM_TORCH = (2, 13)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -72,14 +72,13 @@ def _load_info() -> ModuleType | None:
         return None
 
 
-def _check_torch(built_for: str) -> None:
+def _check_torch() -> None:
     installed = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if installed < MINIMUM_TORCH:
-        needed = ".".join(map(str, MINIMUM_TORCH))
+        needed = f"torch>={'.'.join(map(str, MINIMUM_TORCH))}"
         raise ImportError(
-            f"dlkernels was built for torch {built_for} and needs torch>={needed}, but torch "
-            f"{torch.__version__} is installed. Upgrade torch, or install a dlkernels that was "
-            "built for it (pip install --force-reinstall --no-deps dlkernels)."
+            f"dlkernels needs {needed}, but torch {torch.__version__} is installed. "
+            f"Upgrade torch (pip install --upgrade '{needed}')."
         )
 
 
@@ -120,7 +119,6 @@ def _load_cpu() -> str | None:
         return "TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors in this process"
     if info is None:
         return _why_no_compiled_parts()
-    _check_torch(info.torch_version)
     return _load("dlkernels_cpu")
 
 
@@ -129,12 +127,17 @@ def _load_cuda() -> str | None:
         return _why_no_compiled_parts()
     if not info.cuda_version:
         return f"this build has no CUDA kernels: {info.no_cuda_reason}"
+    major = info.cuda_version.split(".")[0]
     if torch.version.cuda is None:
-        return f"built for CUDA {info.cuda_version}, but torch {torch.__version__} is a CPU build"
-    if torch.version.cuda.split(".")[0] != info.cuda_version.split(".")[0]:
+        return (
+            f"built for CUDA {info.cuda_version}, but torch {torch.__version__} is a CPU build; "
+            f"for GPUs install a torch built for CUDA {major}"
+        )
+    if torch.version.cuda.split(".")[0] != major:
         return (
             f"built for CUDA {info.cuda_version}, but torch {torch.__version__} uses CUDA "
-            f"{torch.version.cuda}; install the dlkernels built for CUDA {torch.version.cuda}"
+            f"{torch.version.cuda}; install the dlkernels built for CUDA {torch.version.cuda}, "
+            f"or a torch built for CUDA {major}"
         )
     return _load("dlkernels_cuda")
 
@@ -147,6 +150,7 @@ def _find_triton() -> str | None:
     return None
 
 
+_check_torch()
 info = _load_info()
 
 _NO_DEVICE = "built, but no CUDA device was found"

@@ -98,7 +98,8 @@ def _run_report(options: argparse.Namespace) -> None:
 
 def info_text() -> str:
     """Versions, what the build holds, and for each op which backend is available or why not."""
-    lines = [f"dlkernels {__version__}, torch {torch.__version__}"]
+    version = backend.info.version if backend.info else __version__
+    lines = [f"dlkernels {version}, torch {torch.__version__}"]
     if backend.info is None:
         lines.append("compiled parts: none (pure Python install)")
     else:

@@ -180,7 +180,13 @@ def _ninja_file(
     command = compiler()
     common = COMMON_FLAGS + (SANITIZED_FLAGS if sanitize else [])
     target = (TARGET_TORCH[0] << 56) | (TARGET_TORCH[1] << 48)
-    stable_abi = [f"-DTORCH_TARGET_VERSION=0x{target:016x}", f"-isystem {torch.home}/include"]
+    # Error messages name the file they come from: not where it lay on the machine that built it.
+    stable_abi = [
+        f"-DTORCH_TARGET_VERSION=0x{target:016x}",
+        f"-isystem {torch.home}/include",
+        f"-ffile-prefix-map={torch.home}=torch",
+        f"-ffile-prefix-map={ROOT}=.",
+    ]
     libraries = f"-L{torch.home}/lib"
 
     ninja = _NinjaFile(build_dir)
@@ -216,6 +222,8 @@ def _ninja_file(
         f"-isystem {pybind11.get_include()}",
         f"-isystem {sysconfig.get_path('include')}",
         f"-I{build_dir}",
+        f"-ffile-prefix-map={pybind11.get_include()}=pybind11",
+        f"-ffile-prefix-map={sysconfig.get_path('include')}=python",
     ]
     info = ninja.compile("compile", csrc / "bindings.cpp", info_flags)
     ninja.link(output / info_name, [info], ["-s"])

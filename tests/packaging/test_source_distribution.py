@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.packaging.conftest import ROOT, without_source_tree
+from tests.packaging.test_wheels import OTHER_TORCH
 from tests.test_cuda_toolkit import fake_toolkit
 
 PURE = """
@@ -63,6 +64,50 @@ def test_without_a_compiler_it_is_pure_python(source, environment, path_without_
     assert result.stdout.startswith("1 dlkernels runs its plain PyTorch formulas"), result.stderr
     assert "no C++ compiler was found when dlkernels was installed" in result.stdout
     assert "no C++ compiler" in environment.run("-m", "dlkernels", "info").stdout
+    result = environment.run("-c", OTHER_TORCH)
+    assert "ImportError: dlkernels needs torch>=2.13, but torch 2.9.1" in result.stderr
+
+
+# Notes its arguments, and makes an empty file of what it is to compile.
+STAND_IN_COMPILER = """#!/bin/sh
+echo "$@" >> {log}
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then : > "$2"; fi
+  shift
+done
+"""
+
+
+def test_an_isolated_build_takes_the_torch_that_is_there(source, isolated_environment, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(STAND_IN_COMPILER.format(log=tmp_path / "log"))
+    compiler.chmod(0o755)
+    isolated_environment.install(source, CXX=str(compiler), DLKERNELS_CUDA="0")
+    installed = isolated_environment.packages / "dlkernels"
+    assert (installed / "libdlkernels_cpu.so").is_file()
+    assert list(installed.glob("_info.*.so"))
+    commands = (tmp_path / "log").read_text()
+    assert f"-isystem {isolated_environment.packages}/torch/include" in commands
+    assert commands.count("torch/include") == len(list(ROOT.glob("csrc/cpu/*.cpp"))) + 1
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "message"),
+    [
+        (None, "torch is not installed in this environment; install torch>=2.13 first"),
+        ("2.9.1", "but dlkernels needs torch>=2.13; upgrade torch and build again"),
+    ],
+)
+def test_a_build_without_a_torch_that_fits_ends_in_one_message(
+    torch_version, message, source, isolated_environment
+):
+    isolated_environment.replace_torch(torch_version)
+    result = isolated_environment.try_to_install(source, CXX="true")
+    assert result.returncode != 0
+    shown = result.stdout + result.stderr
+    assert shown.count("dlkernels: torch ") == 1
+    assert message in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("demand", ["DLKERNELS_FORCE_BUILD", "DLKERNELS_CUDA"])

@@ -1,12 +1,16 @@
 """Each wheel that can be built here: what it says, what it holds, and that it works installed."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
+import pytest
 import torch
 
+from tests.packaging.conftest import ROOT
 from tools import wheel_table
 
 SMOKE_TEST = """
@@ -27,11 +31,19 @@ print(json.dumps({
 }))
 """
 
+OTHER_TORCH = "import torch; torch.__version__ = '2.9.1'; import dlkernels"
+
 OTHER_CUDA = """
 import torch
-torch.version.cuda = "11.8"
+torch.version.cuda = {cuda!r}
 from dlkernels.cli import info_text
 print(info_text())
+"""
+
+SOURCE_TREE = """
+import torch, dlkernels
+print(dlkernels.__file__)
+dlkernels.nn.SqueezeExcite(8, 2)(torch.randn(1, 8, 4, 4))
 """
 
 SNIPPET = """
@@ -71,6 +83,14 @@ def test_contents(wheel):
     assert not outside, "torch's libraries, or tests, were packed"
 
 
+def test_it_names_no_folder_of_the_machine_that_built_it(wheel):
+    folders = [str(ROOT).encode(), str(Path(torch.__file__).parents[1]).encode()]
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            content = archive.read(name)
+            assert not [folder for folder in folders if folder in content], name
+
+
 def test_policy(wheel):
     show = [sys.executable, "-m", "auditwheel", "show", "--json", wheel]
     shown = json.loads(subprocess.run(show, capture_output=True, check=True).stdout)
@@ -94,21 +114,50 @@ def test_installed_outside_the_source_tree(wheel, installed):
         assert "DLKERNELS_CUDA=0" in printed["table"]["cuda"]
 
 
-def test_info_says_why_cuda_is_not_there(wheel, installed):
-    shown = installed.run("-c", OTHER_CUDA).stdout
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        ("11.8", "uses CUDA 11.8; install the dlkernels built for CUDA 11.8, or a torch built for"),
+        (None, "is a CPU build; for GPUs install a torch built for CUDA"),
+    ],
+)
+def test_info_says_why_cuda_is_not_there(cuda, message, wheel, installed):
+    shown = installed.run("-c", OTHER_CUDA.format(cuda=cuda)).stdout
+    assert shown.startswith(f"dlkernels {wheel.name.split('-')[1]}, torch 2.")
     assert "cpp" in shown
     if is_for_cuda(wheel):
         assert "but torch 2." in shown
-        assert "uses CUDA 11.8; install the dlkernels built for CUDA 11.8" in shown
+        assert message in shown
     else:
         assert "DLKERNELS_CUDA=0" in shown
 
 
 def test_another_torch_than_it_needs(installed):
-    result = installed.run("-c", "import torch; torch.__version__ = '2.9.1'; import dlkernels")
+    result = installed.run("-c", OTHER_TORCH)
     assert result.returncode != 0
-    assert "ImportError: dlkernels was built for torch 2." in result.stderr
-    assert "needs torch>=2.13, but torch 2.9.1 is installed. Upgrade torch" in result.stderr
+    assert (
+        "ImportError: dlkernels needs torch>=2.13, but torch 2.9.1 is installed. Upgrade torch "
+        "(pip install --upgrade 'torch>=2.13')."
+    ) in result.stderr
+
+
+def test_the_pip_that_comes_with_python(built, isolated_environment):
+    isolated_environment.install(built("cpu"))
+    installed = isolated_environment.packages / "dlkernels"
+    assert (installed / "libdlkernels_cpu.so").is_file()
+
+
+def test_source_tree_on_the_path(built, environment, tmp_path):
+    environment.install(built("cpu"))
+    tree = tmp_path / "tree"
+    for part in ("csrc", "dlkernels"):
+        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.so"))
+    result = environment.run("-c", SOURCE_TREE, PYTHONPATH=str(tree))
+    assert result.returncode == 0, result.stderr
+    assert str(tree) in result.stdout
+    assert result.stderr.count("UserWarning") == 1
+    assert f"is imported from its source tree {tree}, which is not built" in result.stderr
+    assert "start Python elsewhere to use an installed dlkernels" in result.stderr
 
 
 def test_type_hints_of_a_users_code(built, environment):
