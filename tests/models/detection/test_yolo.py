@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_iou
 
-from dlkernels.models.detection import PostProcessing, YOLOv3ASFF, YOLOv4
+from dlkernels.models.detection import PostProcessing, YOLOv3ASFF, YOLOv4, conv_block
 from dlkernels.models.detection.conv_block import Maps, convolved
 from dlkernels.models.detection.yolov4 import pyramid_pool
 from tests.models.detection.decoding import check_decoding_exports_and_compiles
@@ -229,9 +229,13 @@ def test_pyramid_pool_is_that_of_separate_windows(memory_format):
     assert torch.equal(pyramid_pool(x).isnan().sum((2, 3)), torch.tensor([[100, 64, 25, 1]]))
 
 
+@pytest.mark.parametrize("has_avx512", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
-def test_convolution_gradients_of_large_channels_last_maps(kernel, stride, biased):
+def test_convolution_gradients_of_large_channels_last_maps(
+    kernel, stride, biased, has_avx512, monkeypatch
+):
+    monkeypatch.setattr(conv_block, "_HAS_AVX512", has_avx512)
     conv = nn.Conv2d(8, 16, kernel, stride, kernel // 2, bias=biased).double()
     conv.to(memory_format=torch.channels_last)
     x = torch.randn(2, 8, 24, 21, dtype=torch.float64)
