@@ -116,10 +116,34 @@ class _Convolution(torch.autograd.Function):
             del x  # before the input's gradient, which is as large, is made
             needs = [needs_x, False, False]
             grad_x, *_ = gradients(grad, like_x, torch.channels_last, *needs)
+        elif needs[0] and _is_matrix_product(weight, x, *ctx.geometry):
+            grad_x, _, grad_bias = gradients(
+                grad, x, torch.preserve_format, needs_x, False, needs[1]
+            )
+            found = [(_rows(grad).t() @ _rows(x)).view_as(weight), grad_bias]
         else:
             grad_x, *found = gradients(grad, x, torch.preserve_format, needs_x, *needs)
         grads = (g if g is None else g.to(weight.dtype) for g in found)
         return grad_x, *grads, None, None, *(None,) * (len(ctx.needs_input_grad) - 5)
+
+
+def _is_matrix_product(
+    weight: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> bool:
+    """Whether the weight's gradient is better a product of matrices than oneDNN's.
+
+    Which is up to six times slower on small maps of many channels.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+    )
+
+
+def _rows(maps: Tensor) -> Tensor:
+    """A row of channels for each pixel of channels_last maps, [N * H * W, C]."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 def _contiguous_is_faster(weight: Tensor, x: Tensor) -> bool:

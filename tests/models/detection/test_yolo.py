@@ -246,6 +246,9 @@ def test_convolution_gradients_of_large_channels_last_maps(
     for a, b in zip(actual, torch.autograd.grad(conv(x), leaves, grad), strict=True):
         assert relative_error(a, b) < 1e-13
     assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    frozen = torch.autograd.grad(convolved(conv, Maps(x.detach())), leaves[1:], grad)
+    for a, b in zip(frozen, actual[1:], strict=True):
+        assert relative_error(a, b) < 1e-13
 
 
 # ---- bad input ----------------------------------------------------------------------------------
