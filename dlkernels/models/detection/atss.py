@@ -229,9 +229,22 @@ class CoarserLevels(ExtraFPNBlock):
     ) -> tuple[list[Tensor], list[str]]:
         """Adds two maps to the pyramid's."""
         for conv in self.convs:
-            results.append(conv(results[-1]))
+            assert isinstance(conv, nn.Conv2d)
+            results.append(_halved(results[-1], conv))
             names.append(f"coarser{len(names)}")
         return results, names
+
+
+def _halved(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution of kernel 3, stride 2 and padding 1.
+
+    Of maps one pixel wide without its stride: oneDNN finds the weight's gradient of such a strided
+    convolution of bfloat16 from memory that was never written (torch 2.14, AVX-512).
+    """
+    if x.shape[3] > 1:
+        halved: Tensor = conv(x)
+        return halved
+    return F.conv2d(x, conv.weight, conv.bias, padding=1)[:, :, ::2, ::2]
 
 
 class Head(nn.Module):

@@ -1,5 +1,6 @@
 """ATSS against its plain formulas, and seen to learn."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,12 @@ from torchvision.ops import box_iou
 
 from dlkernels import models
 from dlkernels.models.detection import ATSS, Backbone, PostProcessing
-from dlkernels.models.detection.atss import ASSIGNERS, Outputs, from_mmdetection
+from dlkernels.models.detection.atss import (
+    ASSIGNERS,
+    CoarserLevels,
+    Outputs,
+    from_mmdetection,
+)
 from tests.models.detection.decoding import check_decoding_exports_and_compiles
 from tests.models.detection.plain import PlainATSS, plain_detections, plain_losses
 from tests.numbers import relative_error
@@ -193,6 +199,30 @@ def test_every_parameter_gets_a_finite_gradient():
         assert parameter.grad.isfinite().all(), name
         if "scales" not in name:  # a level may have no positive anchors
             assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1), (3, 4)])
+def test_coarser_levels_are_strided_convolutions(size, dtype):
+    levels = CoarserLevels(64)
+    x = torch.randn(2, 64, *size)
+    expected = [x.double()]
+    for conv in copy.deepcopy(levels).double().convs:
+        expected.append(conv(expected[-1]))
+    grads = [torch.randn_like(level) for level in expected[1:]]
+    wanted = torch.autograd.grad(expected[1:], conv.weight, grads[:2])
+    levels.to(dtype)
+    for _ in range(5):
+        # Freed memory, where a gradient that is never written would be found.
+        freed = [torch.full((values,), 1e30) for values in (1 << 12, 1 << 14, 1 << 16)]
+        del freed
+        actual = levels([x.to(dtype)], [], ["finest"])[0]
+        found = torch.autograd.grad(
+            actual[1:], levels.convs[1].weight, [g.to(dtype) for g in grads]
+        )
+        limit = 1e-12 if dtype == torch.float64 else 3e-2
+        for a, b in zip((*actual[1:], *found), (*expected[1:], *wanted), strict=True):
+            assert relative_error(a, b) < limit
 
 
 def test_autocast():
