@@ -210,7 +210,7 @@ def test_coarser_levels_are_strided_convolutions(size, dtype):
     for conv in copy.deepcopy(levels).double().convs:
         expected.append(conv(expected[-1]))
     grads = [torch.randn_like(level) for level in expected[1:]]
-    wanted = torch.autograd.grad(expected[1:], conv.weight, grads[:2])
+    wanted = torch.autograd.grad(expected[1:], conv.weight, [g.double() for g in grads])
     levels.to(dtype)
     for _ in range(5):
         # Freed memory, where a gradient that is never written would be found.
