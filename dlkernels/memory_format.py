@@ -35,6 +35,11 @@ def new_maps(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     )
 
 
+def columns(maps: torch.Tensor) -> torch.Tensor:
+    """A column of channels for each pixel, [C, N * H * W]; channels_last maps are not copied."""
+    return maps.transpose(0, 1).flatten(1)
+
+
 def finest(features: Sequence[torch.Tensor]) -> torch.Tensor:
     """The level of a pyramid with the most pixels, which decides on the format of its results."""
     return max(features, key=lambda x: x.shape[2])

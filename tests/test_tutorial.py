@@ -72,9 +72,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(folder):
     torch = native_build.find_torch()
-    target = (native_build.TARGET_TORCH[0] << 56) | (native_build.TARGET_TORCH[1] << 48)
     compiler = native_build.compiler().split()
-    common = [*native_build.COMMON_FLAGS, "-O1", "-Werror", f"-DTORCH_TARGET_VERSION=0x{target:x}"]
+    common = [*native_build.COMMON_FLAGS, "-O1", "-Werror", native_build.TARGET_FLAG]
     jobs: list[tuple[str, str, list[str]]] = [("capability", "", []), ("scale_shift", "", [])]
     for capability, flags in native_build.CPU_CAPABILITIES.items():
         define = f"-DDLKERNELS_CPU_CAPABILITY={capability}"

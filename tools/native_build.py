@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The oldest torch whose stable ABI the launchers use.
 TARGET_TORCH = (2, 13)
+TARGET_FLAG = f"-DTORCH_TARGET_VERSION=0x{(TARGET_TORCH[0] << 56) | (TARGET_TORCH[1] << 48):016x}"
 
 CPU_CAPABILITIES = {"cpu_default": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -179,10 +180,9 @@ def _ninja_file(
 ) -> str:
     command = compiler()
     common = COMMON_FLAGS + (SANITIZED_FLAGS if sanitize else [])
-    target = (TARGET_TORCH[0] << 56) | (TARGET_TORCH[1] << 48)
     # Error messages name the file they come from: not where it lay on the machine that built it.
     stable_abi = [
-        f"-DTORCH_TARGET_VERSION=0x{target:016x}",
+        TARGET_FLAG,
         f"-isystem {torch.home}/include",
         f"-ffile-prefix-map={torch.home}=torch",
         f"-ffile-prefix-map={ROOT}=.",

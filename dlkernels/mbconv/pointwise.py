@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.mbconv.reference import Norm
-from dlkernels.memory_format import memory_format_of
+from dlkernels.memory_format import columns, memory_format_of
 
 
 def pointwise(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -85,8 +85,8 @@ def _of_small_maps(
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of weight and gate, from one product over all samples."""
     if gate is None:
-        return _columns(grad) @ _columns(x).t(), None
-    grad_weight = _columns(grad) @ _columns(x * gate[:, :, None, None]).t()
+        return columns(grad) @ columns(x).t(), None
+    grad_weight = columns(grad) @ columns(x * gate[:, :, None, None]).t()
     return grad_weight, (grad_gated * x).sum((2, 3))
 
 
@@ -101,11 +101,6 @@ def _of_large_maps(
     # Not by einsum, which would multiply channel by channel.
     grad_weight = (products * gate[:, None]).sum(0)
     return grad_weight, (products * weight).sum(1)
-
-
-def _columns(maps: Tensor) -> Tensor:
-    """[C, N * H * W]; channels_last maps are not copied."""
-    return maps.transpose(0, 1).flatten(1)
 
 
 def _rows(maps: Tensor) -> Tensor:

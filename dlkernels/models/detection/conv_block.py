@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.batch_norm_act.op import batch_norm_act
+from dlkernels.memory_format import columns
 
 LEAKY_SLOPE = 0.1
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -120,7 +121,7 @@ class _Convolution(torch.autograd.Function):
             grad_x, _, grad_bias = gradients(
                 grad, x, torch.preserve_format, needs_x, False, needs[1]
             )
-            found = [(_rows(grad).t() @ _rows(x)).view_as(weight), grad_bias]
+            found = [(columns(grad) @ columns(x).t()).view_as(weight), grad_bias]
         else:
             grad_x, *found = gradients(grad, x, torch.preserve_format, needs_x, *needs)
         grads = (g if g is None else g.to(weight.dtype) for g in found)
@@ -139,11 +140,6 @@ def _is_matrix_product(
         and x.is_contiguous(memory_format=torch.channels_last)
         and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
     )
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """A row of channels for each pixel of channels_last maps, [N * H * W, C]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 def _contiguous_is_faster(weight: Tensor, x: Tensor) -> bool:
