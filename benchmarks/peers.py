@@ -67,16 +67,15 @@ def compare(
     """
     torch.set_num_threads(2)
     torch._dynamo.reset()
+    as_call = _training_step if training else _inference
     calls: dict[str, Callable[[], object] | None] = {
-        name: function
-        and (_training_step(function, inputs) if training else _inference(function, inputs))
+        name: None if function is None else as_call(function, inputs)
         for name, function in functions.items()
     }
-    calls["floor"] = floor
     add_row(
         benchmark,
-        calls,
-        weighed=[name for name in functions if memory and functions[name]],
+        {**calls, "floor": floor},
+        weighed=[name for name, call in calls.items() if memory and call is not None],
         rounds=rounds,
         most_rounds=MOST_ROUNDS,
         also_ours=also_ours,

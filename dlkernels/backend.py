@@ -225,6 +225,20 @@ def select(name: str, tensor: torch.Tensor) -> str:
     return _select(name, tensor.device.type)
 
 
+def has_kernel(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a kernel serves the op ``name`` for a tensor; the plain formula does otherwise.
+
+    Unlike :func:`select` it neither raises where a forced backend cannot serve the op nor warns:
+    for ops that callers have another way around.
+    """
+    if tensor.dtype == torch.float64 or torch.compiler.is_exporting() or _in_onnx_export():
+        return False
+    backends = BACKENDS if _forced is None else (_forced,)
+    op, device = _ops[name], tensor.device.type
+    kernels = [backend for backend in backends if backend != "reference"]
+    return any(_reason_against(backend, op, device) is None for backend in kernels)
+
+
 def _in_onnx_export() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 

@@ -8,10 +8,13 @@ from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
 from dlkernels.dense_block.op import NormConv, dense_block
 from dlkernels.dense_block.slices import bn_relu_conv1x1, channel_statistics
 from dlkernels.dense_block.transition import transition
+from dlkernels.mbconv.block import ConvNorm, Excitation, mbconv_block
 from dlkernels.mbconv.op import Norm, depthwise_conv_bn_act
 from dlkernels.squeeze_excite.op import squeeze_excite
 
 __all__ = [
+    "ConvNorm",
+    "Excitation",
     "Norm",
     "NormConv",
     "asff_fuse",
@@ -24,6 +27,7 @@ __all__ = [
     "depthwise_conv_bn_act",
     "fcos_assign",
     "max_iou_assign",
+    "mbconv_block",
     "sigmoid_focal_loss",
     "squeeze_excite",
     "transition",

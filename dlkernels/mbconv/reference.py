@@ -33,6 +33,49 @@ class Norm(NamedTuple):
     activation: str = "identity"
 
 
+class ConvNorm(NamedTuple):
+    """A convolution without bias and the norm after it.
+
+    Attributes:
+        weight: of the convolution; a matrix [O, I] for one of 1x1.
+        norm: of its output.
+    """
+
+    weight: Tensor
+    norm: Norm
+
+    def tensors(self) -> list[Tensor | None]:
+        """Those that may have a gradient, in order."""
+        return [self.weight, *self.norm[:2]]
+
+
+class Excitation(NamedTuple):
+    """Squeeze-and-excitation of C channels: Hu et al. (2018), section 3.
+
+    Attributes:
+        squeeze_weight: [S, C].
+        squeeze_bias: [S] or None.
+        excite_weight: [C, S].
+        excite_bias: [C] or None.
+        activation: ``"relu"`` or ``"silu"``, between the two.
+        gate: ``"sigmoid"`` or ``"hard_sigmoid"``.
+    """
+
+    squeeze_weight: Tensor
+    squeeze_bias: Tensor | None
+    excite_weight: Tensor
+    excite_bias: Tensor | None
+    activation: str = "silu"
+    gate: str = "sigmoid"
+
+    def gates(self, pooled: Tensor) -> Tensor:
+        """A factor for each channel of pooled maps [N, C]."""
+        hidden = F.linear(pooled, self.squeeze_weight, self.squeeze_bias)
+        hidden = F.relu(hidden) if self.activation == "relu" else F.silu(hidden)
+        gate = F.sigmoid if self.gate == "sigmoid" else F.hardsigmoid
+        return gate(F.linear(hidden, self.excite_weight, self.excite_bias))
+
+
 def apply(x: Tensor, norm: Norm, pool: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Batch norm and activation, the mean over H and W, and the statistics that were used."""
     weight, bias, mean, var, eps, activation = norm
@@ -55,6 +98,35 @@ def depthwise_conv_bn_act(
     if input_norm is not None:
         x, _, input_mean, input_var = apply(x, input_norm, False)
     padded = F.pad(x, padding)
-    raw = F.conv2d(padded, weight.to(x.dtype), stride=stride, groups=x.shape[1])
+    raw = F.conv2d(padded, weight.to(x.dtype), stride=int(stride), groups=x.shape[1])
     out, pooled, mean, var = apply(raw, norm, pool)
     return out, raw, pooled, mean, var, input_mean, input_var
+
+
+def mbconv_block(
+    x: Tensor,
+    depthwise: ConvNorm,
+    project: ConvNorm,
+    expand: ConvNorm | None,
+    excitation: Excitation | None,
+    stride: int,
+    padding: list[int],
+    residual: bool,
+) -> Tensor:
+    """See :func:`dlkernels.ops.mbconv_block`."""
+    hidden = x if expand is None else _pointwise(x, expand)
+    padded = F.pad(hidden, padding)
+    weight = depthwise.weight.to(x.dtype)
+    raw = F.conv2d(padded, weight, stride=int(stride), groups=hidden.shape[1])
+    hidden = apply(raw, depthwise.norm, False)[0]
+    if excitation is not None:
+        values = [v.to(x.dtype) if isinstance(v, Tensor) else v for v in excitation]
+        gates = Excitation(*values).gates(hidden.mean((2, 3)))  # type: ignore[arg-type]
+        hidden = hidden * gates[:, :, None, None]
+    out = _pointwise(hidden, project)
+    return out + x if residual else out
+
+
+def _pointwise(x: Tensor, layer: ConvNorm) -> Tensor:
+    raw = F.conv2d(x, layer.weight.to(x.dtype)[:, :, None, None])
+    return apply(raw, layer.norm, False)[0]

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from dlkernels import ops, use_backend
-from tests.mbconv.cases import CASES, NAMES, as_leaves, make_leaves, norms_of
+from tests.mbconv.cases import (
+    BLOCKS,
+    CASES,
+    NAMES,
+    as_leaves,
+    block_arguments,
+    make_leaves,
+    norms_of,
+)
 from tests.numbers import DEVICES_AND_BACKENDS, DTYPES, FORMATS, assert_exact, relative_error
 
 DEVICES_AND_BACKENDS = [pair for pair in DEVICES_AND_BACKENDS if pair[1] != "cuda"]
@@ -145,3 +154,55 @@ def test_gradcheck_of_float64():
         return ops.depthwise_conv_bn_act(*leaves[:2], norm, before, stride=2, padding=1).out
 
     assert torch.autograd.gradcheck(function, leaves)
+
+
+def in_float64(arguments):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.double(), arguments)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_block(block, dtype, memory_format):
+    arguments = block_arguments(block, dtype, memory_format)
+    out = ops.mbconv_block(**arguments)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=memory_format)
+    expected = ops.mbconv_block(**in_float64(arguments))
+    assert_exact("out", out, expected, block.hidden * block.kernel**2)
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu", "hardswish", "mish"])
+def test_activations_of_block(activation, gate):
+    block = BLOCKS["residual"]
+    arguments = block_arguments(block, torch.float32, torch.channels_last, activation, gate)
+    expected = ops.mbconv_block(**in_float64(arguments))
+    assert_exact("out", ops.mbconv_block(**arguments), expected, block.hidden)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_block_propagates_nan_and_infinity(value):
+    """To the outputs near it without squeeze-and-excitation, to all of its sample with it."""
+    for name in ("7x7", "residual"):
+        arguments = block_arguments(BLOCKS[name], torch.float32, torch.channels_last, "relu")
+        arguments["x"][0, 1, 0, 2] = value
+        expected = ops.mbconv_block(**in_float64(arguments))
+        out = ops.mbconv_block(**arguments)
+        assert torch.equal(out.isfinite(), expected.isfinite())
+        assert not out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["samples apart", "bands of rows", "small maps"])
+def test_block_has_the_same_bits_every_time(name):
+    arguments = block_arguments(BLOCKS[name], torch.float32, torch.contiguous_format)
+    first = ops.mbconv_block(**arguments)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(ops.mbconv_block(**arguments), first)
+
+
+def test_block_of_no_samples():
+    arguments = block_arguments(BLOCKS["residual"], torch.float32, torch.contiguous_format)
+    arguments["x"] = arguments["x"][:0]
+    assert ops.mbconv_block(**arguments).shape == (0, 24, 13, 17)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dlkernels import ops
+from dlkernels.mbconv import block
 from dlkernels.mbconv.op import Norm
-from tests.mbconv.cases import as_leaves, make_leaves, norms_of
+from tests.mbconv.cases import BLOCKS, as_leaves, block_arguments, make_leaves, norms_of
 from tests.numbers import FORMATS, relative_error
 
 OP = torch.ops.dlkernels.depthwise_conv_bn_act.default
@@ -56,6 +57,28 @@ def test_saved_for_backward():
     assert sorted(t.numel() for t in saved) == [16] * 8 + [16 * 9] + [2 * 16 * 6 * 5] * 2
 
 
+@pytest.mark.parametrize("name", ["residual", "no expansion, stride 2"])
+def test_opcheck_of_block(name):
+    """The public function's checks leave no way to the op with gradients."""
+    arguments = block_arguments(BLOCKS[name], torch.float32, torch.channels_last)
+    given = []
+    op = torch.ops.dlkernels.mbconv_block.default
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "_OP", lambda *values: given.append(values) or op(*values))
+        ops.mbconv_block(**arguments)
+    torch.library.opcheck(op, given[0])
+
+
+def test_compile_of_block():
+    arguments = block_arguments(BLOCKS["residual"], torch.float32, torch.channels_last)
+
+    def function(x):
+        return ops.mbconv_block(**{**arguments, "x": x}) * 2
+
+    x = arguments["x"]
+    assert torch.equal(torch.compile(function, fullgraph=True)(x), function(x))
+
+
 def bad(**changes):
     values = {
         "x": torch.randn(2, 8, 6, 6),
@@ -97,3 +120,71 @@ def bad(**changes):
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):
         bad(**changes)
+
+
+def changed(layer, **changes):
+    """A layer with other values in its norm."""
+    return layer._replace(norm=layer.norm._replace(**changes))
+
+
+BAD_BLOCKS = {
+    "x": (lambda a: {"x": a["x"][0]}, ValueError, r"x must have shape \[N, C, H, W\]"),
+    "channels": (
+        lambda a: {"x": torch.randn(1, 8, 12, 9)},
+        ValueError,
+        r"expand.weight must have shape \[channels, 8\]",
+    ),
+    "no layer": (
+        lambda a: {"project": a["project"].weight},
+        TypeError,
+        "project must be a ConvNorm, but is Tensor",
+    ),
+    "batch statistics": (
+        lambda a: {"project": changed(a["project"], mean=None, var=None)},
+        ValueError,
+        "project.norm must have statistics",
+    ),
+    "activation": (
+        lambda a: {"project": changed(a["project"], activation="relu")},
+        ValueError,
+        "project.norm.activation must be 'identity', but is 'relu'",
+    ),
+    "depthwise": (
+        lambda a: {"depthwise": a["depthwise"]._replace(weight=torch.randn(144, 1, 4, 4))},
+        ValueError,
+        r"weight must have shape \[144, 1, K, K\]",
+    ),
+    "gate": (
+        lambda a: {"excitation": a["excitation"]._replace(gate="tanh")},
+        ValueError,
+        "excitation.gate must be .*tanh",
+    ),
+    "excitation": (
+        lambda a: {"excitation": a["excitation"]._replace(squeeze_bias=torch.randn(7))},
+        ValueError,
+        r"excitation.squeeze_bias must have shape \[6\]",
+    ),
+    "residual": (
+        lambda a: {"stride": 2},
+        ValueError,
+        r"residual must be False where the output, \[24, 7, 9\]",
+    ),
+    "dtype": (
+        lambda a: {"project": a["project"]._replace(weight=a["project"].weight.half())},
+        TypeError,
+        "project.weight must be float32",
+    ),
+    "gradient": (
+        lambda a: {"x": a["x"].requires_grad_()},
+        ValueError,
+        "x must not require a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BLOCKS)
+def test_bad_block(case):
+    change, error, message = BAD_BLOCKS[case]
+    arguments = block_arguments(BLOCKS["residual"], torch.float32, torch.contiguous_format)
+    with pytest.raises(error, match=message):
+        ops.mbconv_block(**{**arguments, **change(arguments)})

@@ -173,14 +173,14 @@ def batch_norm_act(draw):
 
 
 @st.composite
-def norms(draw, count: int, dtype: torch.dtype, given: bool):
+def norms(draw, count: int, dtype: torch.dtype, given: bool, gradient=None, activation=None):
     return ops.Norm(
-        draw(st.none() | values(count, dtype)),
-        draw(st.none() | values(count, dtype)),
+        draw(st.none() | values(count, dtype, gradient=gradient)),
+        draw(st.none() | values(count, dtype, gradient=gradient)),
         draw(values(count, dtype, gradient=False)) if given else None,
         draw(values(count, dtype, positive=True, gradient=False)) if given else None,
         draw(st.sampled_from([1e-5, 1e-3])),
-        draw(st.sampled_from(ACTIVATIONS)),
+        activation or draw(st.sampled_from(ACTIVATIONS)),
     )
 
 
@@ -206,6 +206,56 @@ def depthwise_conv_bn_act(draw):
         "stride": draw(st.sampled_from([1, 2])),
         "padding": padding,
         "pool": draw(flag),
+    }
+
+
+@st.composite
+def constant_layers(draw, dtype: torch.dtype, *shape: int, activation: str | None = None):
+    weight = torch.randn(shape) / torch.Size(shape[1:]).numel() ** 0.5
+    return ops.ConvNorm(
+        draw(laid_out(weight.to(dtype), False)),
+        draw(norms(shape[0], dtype, True, False, activation)),
+    )
+
+
+@st.composite
+def excitations(draw, dtype: torch.dtype, count: int):
+    hidden = draw(small)
+
+    def parameter(*shape):
+        value = torch.randn(shape) / torch.Size(shape[1:]).numel() ** 0.5
+        return laid_out(value.to(dtype), False)
+
+    return ops.Excitation(
+        draw(parameter(hidden, count)),
+        draw(st.none() | parameter(hidden)),
+        draw(parameter(count, hidden)),
+        draw(st.none() | parameter(count)),
+        draw(st.sampled_from(["relu", "silu"])),
+        draw(st.sampled_from(["sigmoid", "hard_sigmoid"])),
+    )
+
+
+@st.composite
+def mbconv_block(draw):
+    torch.manual_seed(draw(seeds))
+    dtype = draw(DTYPES)
+    size, stride = draw(st.sampled_from([3, 5, 7])), draw(st.sampled_from([1, 2]))
+    shape = (draw(st.integers(0, 3)), draw(channels), draw(small), draw(small))
+    hidden, expands = shape[1], draw(flag)
+    if expands:
+        hidden = draw(channels)
+    out = draw(st.just(shape[1]) | channels)
+    x = torch.randn(shape).to(dtype)
+    return {
+        "x": draw(laid_out(x, False)),
+        "depthwise": draw(constant_layers(dtype, hidden, 1, size, size)),
+        "project": draw(constant_layers(dtype, out, hidden, activation="identity")),
+        "expand": draw(constant_layers(dtype, hidden, shape[1])) if expands else None,
+        "excitation": draw(st.none() | excitations(dtype, hidden)),
+        "stride": stride,
+        "padding": size // 2,
+        "residual": stride == 1 and out == shape[1] and draw(flag),
     }
 
 
@@ -428,6 +478,7 @@ ARGUMENTS = {
         squeeze_excite,
         batch_norm_act,
         depthwise_conv_bn_act,
+        mbconv_block,
         dense_block,
         transition,
         bn_relu_conv1x1,
@@ -528,6 +579,7 @@ WITHOUT_LIMIT = FLOATING[1:]
 IN_ANY_ORDER = (
     "batch_norm_act",
     "depthwise_conv_bn_act",
+    "mbconv_block",
     "dense_block",
     "transition",
     "bn_relu_conv1x1",

@@ -46,14 +46,6 @@ Convolution convolution_of(const DepthwiseShape& shape) {
   }
 }
 
-int64_t rows_read(const DepthwiseShape& shape) {
-  return (shape.out_height - 1) * shape.stride + shape.kernel;
-}
-
-int64_t columns_read(const DepthwiseShape& shape) {
-  return (shape.out_width - 1) * shape.stride + shape.kernel;
-}
-
 int64_t area_of(const DepthwiseShape& shape) {
   return shape.height * shape.width;
 }
@@ -66,26 +58,6 @@ int64_t out_area_of(const DepthwiseShape& shape) {
 int64_t gradient_margin(const DepthwiseShape& shape) {
   return (shape.kernel - 1) / shape.stride + 1;
 }
-
-// Hands out scratch memory; from a null pointer it only counts.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : memory_(memory) {}
-
-  float* take(int64_t floats) {
-    float* taken = memory_ == nullptr ? nullptr : memory_ + taken_;
-    taken_ += round_up(floats, kSlack);
-    return taken;
-  }
-
-  int64_t taken() const {
-    return taken_;
-  }
-
- private:
-  float* memory_;
-  int64_t taken_ = 0;
-};
 
 // ---- contiguous maps: the planes of a channel ---------------------------
 
@@ -410,45 +382,14 @@ void backward(const Args& args, float* memory, int64_t begin, int64_t end) {
 
 // ---- channels_last maps: a group of channels of one sample --------------
 
-// Rows of a map.
-struct Band {
-  int64_t first;
-  int64_t rows;
-
-  int64_t end() const {
-    return first + rows;
-  }
-};
-
-int64_t next_power_of_two(int64_t value) {
-  int64_t power = 1;
-  while (power < value) {
-    power *= 2;
-  }
-  return power;
-}
-
-// Rows of inputs that neighbouring rows of outputs share.
-int64_t shared_rows(const DepthwiseShape& shape) {
-  return shape.kernel - shape.stride;
-}
-
 // Rows of the outputs' gradient that a row of the input's needs beside the last
 // of them.
 int64_t earlier_rows(const DepthwiseShape& shape) {
   return (shape.kernel - 1) / shape.stride;
 }
 
-// How many rows of a width fit into the first-level cache beside what else is
-// at work, as a power of two.
-int64_t fitting_rows(int64_t width) {
-  constexpr int64_t kFloats = 6144;
-  int64_t rows = 1;
-  while (2 * rows * width * kGroup <= kFloats) {
-    rows *= 2;
-  }
-  return rows;
-}
+// Of the first-level cache, beside what else is at work.
+constexpr int64_t kRingFloats = 6144;
 
 struct GroupScratch {
   int64_t band;  // rows of outputs that are worked on together
@@ -462,17 +403,15 @@ struct GroupScratch {
 
   GroupScratch(const DepthwiseShape& shape, Scratch scratch, bool backward)
       : weight(nullptr) {
-    const int64_t width = columns_read(shape);
-    const int64_t fitting = fitting_rows(width);
-    const int64_t least = next_power_of_two(shape.kernel);
-    const int64_t ring = fitting < least ? least : fitting;
-    const int64_t rows = (ring - shared_rows(shape)) / shape.stride;
-    band = rows < shape.out_height ? rows : shape.out_height;
-    in = {scratch.take(ring * width * kGroup), width * kGroup, ring - 1};
+    in = take_ring(shape, kRingFloats, scratch);
+    band = band_of(shape, in);
     if (backward) {
       const int64_t margin = gradient_margin(shape);
       const int64_t stride = (shape.out_width + 2 * margin + 1) * kGroup;
-      const int64_t grads = next_power_of_two(band + earlier_rows(shape));
+      int64_t grads = 1;
+      while (grads < band + earlier_rows(shape)) {
+        grads *= 2;
+      }
       grad = {
           scratch.take(grads * stride) + margin * kGroup, stride, grads - 1};
     }
@@ -542,12 +481,6 @@ struct Part {
   int64_t c;
   Lanes lanes;
 };
-
-DLKERNELS_INLINE void clear_pixels(float* row, int64_t width) {
-  for (int64_t x = 0; x < width; ++x) {
-    store(row + x * kGroup, Vec{});
-  }
-}
 
 // Pixels of channels_last maps lie apart, where hardware does not prefetch.
 template <typename T>
