@@ -52,55 +52,23 @@ struct Cpu {
   }
 
   static std::tuple<Tensor, Tensor> assign(
-      const atss::Anchors& anchors,
-      bool grid,
-      const Tensor& gt_boxes,
-      const Tensor& num_gt,
-      const std::optional<Tensor>& gt_ignore,
-      const std::optional<Tensor>& valid,
-      int64_t k,
-      double ignore_iof_thr) {
-    using torch::headeronly::ScalarType;
+      const atss::Anchors& anchors, bool grid, const AtssTargets& targets) {
     const auto& kernels = atss_kernels();
-    const int64_t images = gt_boxes.size(0);
-    const int64_t items = images * anchors.count;
-    Tensor assigned = torch::stable::new_zeros(
-        gt_boxes, {images, anchors.count}, ScalarType::Long);
-    Tensor iou = empty_float(gt_boxes, {images, anchors.count});
-    auto* assigned_data = assigned.mutable_data_ptr<int64_t>();
-    auto* iou_data = iou.mutable_data_ptr<float>();
+    AtssResults results(anchors, grid, targets);
+    const atss::Assign& args = results.args;
+    const int64_t items = args.images * anchors.count;
 
-    std::optional<Tensor> exclusions;
-    if (gt_ignore || valid) {
-      exclusions =
-          torch::stable::new_empty(gt_boxes, {items}, ScalarType::Byte);
-    }
-    const atss::Assign args{
-        anchors,
-        grid,
-        images,
-        gt_boxes.size(1),
-        gt_boxes.const_data_ptr<float>(),
-        num_gt.const_data_ptr<int64_t>(),
-        k,
-        slots_of(anchors, k),
-        exclusions
-            ? static_cast<atss::Exclusion*>(exclusions->mutable_data_ptr())
-            : nullptr,
-        reinterpret_cast<uint64_t*>(assigned_data)};
-
-    if (exclusions) {
-      const atss::Exclude exclude =
-          exclude_of(anchors, gt_ignore, valid, ignore_iof_thr);
+    if (results.exclusions) {
+      const atss::Exclude exclude = exclude_of(anchors, targets);
       parallel_for(
           items, 8 + 8 * exclude.num_ignore, [&](int64_t begin, int64_t end) {
             kernels.exclude(args, exclude, begin, end);
           });
     }
     // Excluded anchors are left out of the centres, so each image has its own.
-    const bool shared = anchors.image_stride == 0 && !exclusions;
+    const bool shared = anchors.image_stride == 0 && !results.exclusions;
     const int64_t num_centres = grid ? 0 : shared ? anchors.count : items;
-    Tensor centre_tensor = empty_float(gt_boxes, {2, num_centres});
+    Tensor centre_tensor = empty_float(targets.gt_boxes, {2, num_centres});
     auto* x = centre_tensor.mutable_data_ptr<float>();
     const AtssCentres centres{x, x + num_centres, shared ? 0 : anchors.count};
     parallel_for(num_centres, 4, [&](int64_t begin, int64_t end) {
@@ -113,10 +81,12 @@ struct Cpu {
       Workspace workspace(args);
       kernels.claim(args, centres, boxes.data(), workspace.view(), begin, end);
     });
+    auto* assigned = results.assigned.mutable_data_ptr<int64_t>();
+    auto* iou = results.iou.mutable_data_ptr<float>();
     parallel_for(items, 4, [&](int64_t begin, int64_t end) {
-      kernels.resolve(args, assigned_data, iou_data, begin, end);
+      kernels.resolve(args, assigned, iou, begin, end);
     });
-    return {assigned, iou};
+    return {results.assigned, results.iou};
   }
 };
 

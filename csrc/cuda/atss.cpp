@@ -21,62 +21,33 @@ struct Cuda {
   }
 
   static std::tuple<Tensor, Tensor> assign(
-      const atss::Anchors& anchors,
-      bool grid,
-      const Tensor& gt_boxes_,
-      const Tensor& num_gt,
-      const std::optional<Tensor>& gt_ignore_,
-      const std::optional<Tensor>& valid,
-      int64_t k,
-      double ignore_iof_thr) {
-    using torch::headeronly::ScalarType;
+      const atss::Anchors& anchors, bool grid, AtssTargets targets) {
     const torch::stable::accelerator::DeviceGuard guard(
-        gt_boxes_.get_device_index());
-    const Tensor gt_boxes = readable(gt_boxes_);
-    const auto gt_ignore = readable(gt_ignore_);
-    const int64_t images = gt_boxes.size(0);
-    const int64_t max_boxes = gt_boxes.size(1);
-    const int64_t slots = slots_of(anchors, k);
+        targets.gt_boxes.get_device_index());
+    targets.gt_boxes = readable(targets.gt_boxes);
+    targets.gt_ignore = readable(targets.gt_ignore);
+    const int64_t all_boxes =
+        targets.gt_boxes.size(0) * targets.gt_boxes.size(1);
     STD_TORCH_CHECK(
-        images * max_boxes < int64_t{1} << 31 &&
-            images * anchors.count < int64_t{1} << 37,
+        all_boxes < int64_t{1} << 31 &&
+            targets.gt_boxes.size(0) * anchors.count < int64_t{1} << 37,
         "a batch may have fewer than 2^31 boxes and 2^37 anchors on CUDA");
-    Tensor assigned = torch::stable::new_zeros(
-        gt_boxes, {images, anchors.count}, ScalarType::Long);
-    Tensor iou = empty_float(gt_boxes, {images, anchors.count});
+    AtssResults results(anchors, grid, targets);
     Tensor candidates = torch::stable::new_empty(
-        gt_boxes,
-        {images * max_boxes * slots,
+        targets.gt_boxes,
+        {all_boxes * results.args.slots,
          static_cast<int64_t>(sizeof(AtssCandidate))},
-        ScalarType::Byte);
-    std::optional<Tensor> exclusions;
-    if (gt_ignore || valid) {
-      exclusions = torch::stable::new_empty(
-          gt_boxes, {images * anchors.count}, ScalarType::Byte);
-    }
-    auto* assigned_data = assigned.mutable_data_ptr<int64_t>();
+        torch::headeronly::ScalarType::Byte);
     atss_assign(
         AtssAssign{
-            atss::Assign{
-                anchors,
-                grid,
-                images,
-                max_boxes,
-                gt_boxes.const_data_ptr<float>(),
-                num_gt.const_data_ptr<int64_t>(),
-                k,
-                slots,
-                exclusions ? static_cast<atss::Exclusion*>(
-                                 exclusions->mutable_data_ptr())
-                           : nullptr,
-                reinterpret_cast<uint64_t*>(assigned_data)},
-            exclude_of(anchors, gt_ignore, valid, ignore_iof_thr),
+            results.args,
+            exclude_of(anchors, targets),
             static_cast<AtssCandidate*>(candidates.mutable_data_ptr()),
-            assigned_data,
-            iou.mutable_data_ptr<float>()},
-        stream_of(gt_boxes));
+            results.assigned.mutable_data_ptr<int64_t>(),
+            results.iou.mutable_data_ptr<float>()},
+        stream_of(targets.gt_boxes));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
-    return {assigned, iou};
+    return {results.assigned, results.iou};
   }
 };
 

@@ -94,13 +94,19 @@ inline atss::Anchors anchors_of(
   return anchors;
 }
 
+// What both ops take beside anchors.
+struct AtssTargets {
+  Tensor gt_boxes;
+  Tensor num_gt;
+  std::optional<Tensor> gt_ignore;
+  std::optional<Tensor> valid;
+  int64_t k;
+  double ignore_iof_thr;
+};
+
 inline void check_targets(
-    const atss::Anchors& anchors,
-    const Tensor& gt_boxes,
-    const Tensor& num_gt,
-    const std::optional<Tensor>& gt_ignore,
-    const std::optional<Tensor>& valid,
-    int64_t k) {
+    const atss::Anchors& anchors, const AtssTargets& targets) {
+  const auto& [gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr] = targets;
   check_boxes(
       gt_boxes,
       "gt_boxes",
@@ -131,19 +137,16 @@ inline void check_targets(
 }
 
 inline atss::Exclude exclude_of(
-    const atss::Anchors& anchors,
-    const std::optional<Tensor>& gt_ignore,
-    const std::optional<Tensor>& valid,
-    double ignore_iof_thr) {
+    const atss::Anchors& anchors, const AtssTargets& targets) {
   atss::Exclude exclude{};
-  if (valid) {
-    exclude.valid = valid->const_data_ptr<bool>();
-    exclude.valid_image_stride = valid->dim() == 2 ? anchors.count : 0;
+  if (targets.valid) {
+    exclude.valid = targets.valid->const_data_ptr<bool>();
+    exclude.valid_image_stride = targets.valid->dim() == 2 ? anchors.count : 0;
   }
-  if (gt_ignore) {
-    exclude.ignore_boxes = gt_ignore->const_data_ptr<float>();
-    exclude.num_ignore = gt_ignore->size(1);
-    exclude.ignore_iof = static_cast<float>(ignore_iof_thr);
+  if (targets.gt_ignore) {
+    exclude.ignore_boxes = targets.gt_ignore->const_data_ptr<float>();
+    exclude.num_ignore = targets.gt_ignore->size(1);
+    exclude.ignore_iof = static_cast<float>(targets.ignore_iof_thr);
   }
   return exclude;
 }
@@ -155,6 +158,41 @@ inline int64_t slots_of(const atss::Anchors& anchors, int64_t k) {
   }
   return slots;
 }
+
+// The results of both ops, and what kernels need to write them.
+struct AtssResults {
+  Tensor assigned;
+  Tensor iou;
+  std::optional<Tensor> exclusions;
+  atss::Assign args;
+
+  AtssResults(
+      const atss::Anchors& anchors, bool grid, const AtssTargets& targets) {
+    using torch::headeronly::ScalarType;
+    const Tensor& boxes = targets.gt_boxes;
+    const int64_t images = boxes.size(0);
+    assigned = torch::stable::new_zeros(
+        boxes, {images, anchors.count}, ScalarType::Long);
+    iou = empty_float(boxes, {images, anchors.count});
+    if (targets.gt_ignore || targets.valid) {
+      exclusions = torch::stable::new_empty(
+          boxes, {images * anchors.count}, ScalarType::Byte);
+    }
+    args = {
+        anchors,
+        grid,
+        images,
+        boxes.size(1),
+        boxes.const_data_ptr<float>(),
+        targets.num_gt.const_data_ptr<int64_t>(),
+        targets.k,
+        slots_of(anchors, targets.k),
+        exclusions
+            ? static_cast<atss::Exclusion*>(exclusions->mutable_data_ptr())
+            : nullptr,
+        static_cast<uint64_t*>(assigned.mutable_data_ptr())};
+  }
+};
 
 // The dispatcher's two ops on a device. Device::readable(boxes) are the boxes
 // where its kernels can read them, Device::assign does the work.
@@ -169,14 +207,15 @@ struct AtssOps {
       const std::optional<Tensor>& valid,
       int64_t k,
       double ignore_iof_thr) {
+    const AtssTargets targets{
+        gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr};
     const Tensor boxes = Device::readable(anchors_);
     const atss::Anchors anchors = anchors_of(boxes, num_level_anchors);
-    check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
+    check_targets(anchors, targets);
     STD_TORCH_CHECK(
         boxes.dim() == 2 || boxes.size(0) == gt_boxes.size(0),
         "anchors must have as many images as gt_boxes");
-    return Device::assign(
-        anchors, false, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
+    return Device::assign(anchors, false, targets);
   }
 
   static std::tuple<Tensor, Tensor> assign_grid(
@@ -190,12 +229,13 @@ struct AtssOps {
       const std::optional<Tensor>& valid,
       int64_t k,
       double ignore_iof_thr) {
+    const AtssTargets targets{
+        gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr};
     const Tensor base_anchors = Device::readable(base_anchors_);
     const atss::Anchors anchors =
         anchors_of(base_anchors, sizes, strides, offset);
-    check_targets(anchors, gt_boxes, num_gt, gt_ignore, valid, k);
-    return Device::assign(
-        anchors, true, gt_boxes, num_gt, gt_ignore, valid, k, ignore_iof_thr);
+    check_targets(anchors, targets);
+    return Device::assign(anchors, true, targets);
   }
 };
 

@@ -3,7 +3,7 @@
 The softmax weights are computed once, in float32 [N, L, H, W]; then each program fuses a tile of
 pixels, channel block after channel block. A tile covers whole cells of every level, so that a level
 is read once although several pixels share its cells, and its gradient is the sum over cells inside
-a tile. Bilinear, where cells reach into neighbouring tiles, another kernel gathers that gradient.
+a tile. Bilinear, where cells reach into neighbouring tiles, it reads the pixels around it, too.
 
 The gradient of the weights is summed over a span of channels by each program (``dots``
 [N, spans, L, H, W]); whoever reads it adds the spans up in order, so that results are the same in
@@ -23,9 +23,16 @@ from torch import Tensor
 from dlkernels.memory_format import empty_maps, finest, memory_format_of, new_maps, to_format_of
 from dlkernels.triton_support import Budget, alignment_of, launch
 
-TILE = {"nearest": 1024, "bilinear": 512}
 SPAN = 64
 BLOCK_PIXELS = 256
+# By mode and whether maps are channels_last: rows and columns of a tile at most, its elements, and
+# the warps that work on it. Bilinear tiles are taller: there is less around them to be read again.
+TILES = {
+    ("nearest", False): (4, 64, 1024, 4),
+    ("nearest", True): (4, 8, 1024, 4),
+    ("bilinear", False): (8, 64, 512, 8),
+    ("bilinear", True): (8, 8, 512, 4),
+}
 
 # By mode. The smaller levels of contiguous maps are read cell by cell, which is never wide.
 BUDGETS = {
@@ -37,9 +44,8 @@ BUDGETS = {
     },
     "bilinear": {
         "softmax_kernel": Budget(registers=32, shared=1024),
-        "fuse_kernel": Budget(registers=128, shared=1024),
-        "fuse_backward_kernel": Budget(registers=168, shared=2048),
-        "shrink_kernel": Budget(registers=80, shared=1024),
+        "fuse_kernel": Budget(registers=80, shared=1024),
+        "fuse_backward_kernel": Budget(registers=160, shared=1024),
         "softmax_backward_kernel": Budget(registers=40, shared=1024),
     },
 }
@@ -49,12 +55,18 @@ BUDGETS = {
 
 
 @triton.jit
-def _tile(program, height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
-    """What is left of the program's number, and row and column of the tile's first pixel."""
+def _tile(height, width, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """What is left of the program's number, the tile's first row and column, and its pixels."""
+    program = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(width, BLOCK_W)
     tiles = columns * tl.cdiv(height, BLOCK_H)
     tile = (program % tiles).to(tl.int32)  # a plane has fewer than 2^31 pixels; maps may have more
-    return program // tiles, tile // columns * BLOCK_H, tile % columns * BLOCK_W
+    row = tile // columns * BLOCK_H
+    column = tile % columns * BLOCK_W
+    p = tl.arange(0, BLOCK_H * BLOCK_W)
+    y = row + p // BLOCK_W
+    x = column + p % BLOCK_W
+    return program // tiles, row, column, y, x, (y < height) & (x < width)
 
 
 @triton.jit
@@ -67,19 +79,9 @@ def _offsets(sample, c, y, x, channels, height, width, CHANNELS_LAST: tl.constex
 
 
 @triton.jit
-def _source(position, size, FACTOR: tl.constexpr):
-    """The two cells that an enlarged row mixes at a position, and the share of the second."""
-    centre = (position.to(tl.float32) + 0.5) / FACTOR - 0.5
-    inside = tl.maximum(centre, 0.0)
-    first = inside.to(tl.int32)
-    return first, tl.minimum(first + 1, size - 1), inside - first
-
-
-@triton.jit
-def _share(position, cell, size, FACTOR: tl.constexpr):
-    """How much of a position's value the enlarged row takes from the cell."""
-    first, second, share = _source(position, size, FACTOR)
-    return tl.where(first == cell, 1 - share, 0.0) + tl.where(second == cell, share, 0.0)
+def _centre(position, size, FACTOR: tl.constexpr):
+    """Which cell an enlarged row shows at a position: between two, a mixture of both."""
+    return tl.minimum(tl.maximum((position.to(tl.float32) + 0.5) / FACTOR - 0.5, 0.0), size - 1)
 
 
 @triton.jit
@@ -106,19 +108,24 @@ def _enlarged(
     if not BILINEAR:
         offsets = _offsets(sample, c, y // FACTOR, x // FACTOR, channels, h, w, CHANNELS_LAST)
         return tl.load(level + offsets, mask, other=0).to(tl.float32)
-    upper, lower, y_share = _source(y, h, FACTOR)
-    left, right, x_share = _source(x, w, FACTOR)
-    offsets = _offsets(sample, c, upper, left, channels, h, w, CHANNELS_LAST)
-    upper_left = tl.load(level + offsets, mask, other=0).to(tl.float32)
-    offsets = _offsets(sample, c, upper, right, channels, h, w, CHANNELS_LAST)
-    upper_right = tl.load(level + offsets, mask, other=0).to(tl.float32)
-    offsets = _offsets(sample, c, lower, left, channels, h, w, CHANNELS_LAST)
-    lower_left = tl.load(level + offsets, mask, other=0).to(tl.float32)
-    offsets = _offsets(sample, c, lower, right, channels, h, w, CHANNELS_LAST)
-    lower_right = tl.load(level + offsets, mask, other=0).to(tl.float32)
-    above = upper_left * (1 - x_share)[None, :] + upper_right * x_share[None, :]
-    below = lower_left * (1 - x_share)[None, :] + lower_right * x_share[None, :]
-    return above * (1 - y_share)[None, :] + below * y_share[None, :]
+    y_centre = _centre(y, h, FACTOR)
+    x_centre = _centre(x, w, FACTOR)
+    upper = y_centre.to(tl.int32)
+    left = x_centre.to(tl.int32)
+    right_share = (x_centre - left)[None, :]
+    lower_share = (y_centre - upper)[None, :]
+    # In the last row and column the share of the next is 0.
+    has_right = mask & (left + 1 < w)[None, :]
+    has_lower = mask & (upper + 1 < h)[None, :]
+    step = channels if CHANNELS_LAST else 1
+    first = level + _offsets(sample, c, upper, left, channels, h, w, CHANNELS_LAST)
+    upper_left = tl.load(first, mask, other=0).to(tl.float32)
+    upper_right = tl.load(first + step, has_right, other=0).to(tl.float32)
+    lower_left = tl.load(first + w * step, has_lower, other=0).to(tl.float32)
+    lower_right = tl.load(first + (w + 1) * step, has_right & has_lower, other=0).to(tl.float32)
+    above = upper_left * (1 - right_share) + upper_right * right_share
+    below = lower_left * (1 - right_share) + lower_right * right_share
+    return above * (1 - lower_share) + below * lower_share
 
 
 @triton.jit
@@ -206,13 +213,20 @@ def softmax_backward_kernel(
 
 
 @triton.jit
-def _weights_of(weights, sample, y, x, inside, height, width, LEVELS: tl.constexpr):
-    """For each level its weight at the pixels."""
-    result = ()
-    for level in tl.static_range(LEVELS):
-        row = (sample * LEVELS + level) * height + y
-        result = result + (tl.load(weights + row * width + x, inside, other=0),)
-    return result
+def _weight(
+    weights,
+    sample,
+    y,
+    x,
+    inside,
+    height,
+    width,
+    LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """The level's weight at pixels."""
+    row = (sample * LEVELS + LEVEL) * height + y
+    return tl.load(weights + row * width + x, inside, other=0)
 
 
 @triton.jit
@@ -234,14 +248,14 @@ def fuse_kernel(
 ):
     """Out = sum over levels of weights * enlarged feature, for a tile and a span of channels."""
     channels, width = _aligned(channels, width, CHANNELS_LAST, ALIGNMENT)
-    program, row, column = _tile(tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W)
+    program, _, _, y, x, inside = _tile(height, width, BLOCK_H, BLOCK_W)
     spans = tl.cdiv(channels, SPAN)
     sample = program // spans
-    p = tl.arange(0, BLOCK_H * BLOCK_W)
-    y = row + p // BLOCK_W
-    x = column + p % BLOCK_W
-    inside = (y < height) & (x < width)
-    factors = _weights_of(weights, sample, y, x, inside, height, width, len(features))
+    factors = ()
+    for level in tl.static_range(len(features)):
+        factors = factors + (
+            _weight(weights, sample, y, x, inside, height, width, level, len(features)),
+        )
     first = program % spans * SPAN
     for begin in range(first, tl.minimum(first + SPAN, channels), BLOCK_C):
         c = begin + tl.arange(0, BLOCK_C)
@@ -265,6 +279,42 @@ def fuse_kernel(
             total += factors[level][None, :] * value
         offsets = _offsets(sample, c, y, x, channels, height, width, CHANNELS_LAST)
         tl.store(out + offsets, total, mask)
+
+
+@triton.jit
+def _corner(y, x, inside, height, width, FACTOR: tl.constexpr, CORNER: tl.constexpr):
+    """Steps from pixels to those half a cell away towards a corner, and which of these exist.
+
+    Bilinear, the pixels that read a cell are those at the four corners of each pixel of the cell.
+    """
+    down = CORNER // 2 * FACTOR - FACTOR // 2
+    right = CORNER % 2 * FACTOR - FACTOR // 2
+    exists = (y + down >= 0) & (y + down < height) & (x + right >= 0) & (x + right < width)
+    return down, right, inside & exists
+
+
+@triton.jit
+def _corner_weights(
+    weights,
+    sample,
+    y,
+    x,
+    inside,
+    height,
+    width,
+    FACTOR: tl.constexpr,
+    LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr,
+):
+    """For each corner of the pixels the level's weight, times the share that the cell has there."""
+    result = ()
+    for corner in tl.static_range(4):
+        down, right, exists = _corner(y, x, inside, height, width, FACTOR, corner)
+        weight = _weight(weights, sample, y + down, x + right, exists, height, width, LEVEL, LEVELS)
+        weight *= 1 - tl.abs(_centre(y + down, height // FACTOR, FACTOR) - y // FACTOR)
+        weight *= 1 - tl.abs(_centre(x + right, width // FACTOR, FACTOR) - x // FACTOR)
+        result = result + (weight,)
+    return result
 
 
 @triton.jit
@@ -318,22 +368,22 @@ def fuse_backward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Gradients of the weights, summed over a span of channels, and of the features.
-
-    Features that are enlarged bilinearly are left to shrink_kernel.
-    """
+    """Gradients of the weights, summed over a span of channels, and of the features."""
     channels, width = _aligned(channels, width, CHANNELS_LAST, ALIGNMENT)
     LEVELS: tl.constexpr = len(features)
-    program, row, column = _tile(tl.program_id(0).to(tl.int64), height, width, BLOCK_H, BLOCK_W)
+    program, row, column, y, x, inside = _tile(height, width, BLOCK_H, BLOCK_W)
     spans = tl.cdiv(channels, SPAN)
     sample = program // spans
-    p = tl.arange(0, BLOCK_H * BLOCK_W)
-    y = row + p // BLOCK_W
-    x = column + p % BLOCK_W
-    inside = (y < height) & (x < width)
-    factors = _weights_of(weights, sample, y, x, inside, height, width, LEVELS)
+    factors = ()
     sums = ()
-    for _ in tl.static_range(LEVELS):
+    for level in tl.static_range(LEVELS):
+        if BILINEAR and FACTORS[level] > 1:
+            factor = _corner_weights(
+                weights, sample, y, x, inside, height, width, FACTORS[level], level, LEVELS
+            )
+        else:
+            factor = _weight(weights, sample, y, x, inside, height, width, level, LEVELS)
+        factors = factors + (factor,)
         sums = sums + (tl.zeros((BLOCK_C, BLOCK_H * BLOCK_W), tl.float32),)
     first = program % spans * SPAN
     for begin in range(first, tl.minimum(first + SPAN, channels), BLOCK_C):
@@ -358,10 +408,22 @@ def fuse_backward_kernel(
                 CHANNELS_LAST,
             )
             next_sums = next_sums + (sums[level] + grad * value,)
-            weighted = grad * factors[level][None, :]
+            if BILINEAR and FACTORS[level] > 1:
+                weighted = tl.zeros((BLOCK_C, BLOCK_H * BLOCK_W), tl.float32)
+                for corner in tl.static_range(4):
+                    down, right, exists = _corner(
+                        y, x, inside, height, width, FACTORS[level], corner
+                    )
+                    step = (down * width + right) * (channels if CHANNELS_LAST else 1)
+                    near = tl.load(grad_out + offsets + step, mask & exists[None, :], other=0).to(
+                        tl.float32
+                    )
+                    weighted += near * factors[level][corner][None, :]
+            else:
+                weighted = grad * factors[level][None, :]
             if FACTORS[level] == 1:
                 tl.store(grads[level] + offsets, weighted, mask)
-            elif not BILINEAR:
+            else:
                 _store_cell_sums(
                     grads[level],
                     weighted,
@@ -384,56 +446,6 @@ def fuse_backward_kernel(
         tl.store(dots + offset + y * width + x, tl.sum(sums[level], 0), inside)
 
 
-@triton.jit
-def shrink_kernel(
-    grad_out,
-    weights,
-    grad_level,
-    channels,
-    height,
-    width,
-    level,
-    levels,
-    FACTOR: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """The gradient of one bilinear level: for each cell, the sum over the pixels that read it."""
-    channels, width = _aligned(channels, width, CHANNELS_LAST, ALIGNMENT)
-    h = height // FACTOR
-    w = width // FACTOR
-    program, row, column = _tile(tl.program_id(0).to(tl.int64), h, w, BLOCK_H, BLOCK_W)
-    spans = tl.cdiv(channels, SPAN)
-    sample = program // spans
-    p = tl.arange(0, BLOCK_H * BLOCK_W)
-    cell_y = row + p // BLOCK_W
-    cell_x = column + p % BLOCK_W
-    is_cell = (cell_y < h) & (cell_x < w)
-    plane = weights + (sample * levels + level) * height * width
-    first = program % spans * SPAN
-    for begin in range(first, tl.minimum(first + SPAN, channels), BLOCK_C):
-        c = begin + tl.arange(0, BLOCK_C)
-        total = tl.zeros((BLOCK_C, BLOCK_H * BLOCK_W), tl.float32)
-        for dy in range(2 * FACTOR):
-            y = cell_y * FACTOR - FACTOR // 2 + dy
-            y_share = _share(y, cell_y, h, FACTOR)
-            for dx in range(2 * FACTOR):
-                x = cell_x * FACTOR - FACTOR // 2 + dx
-                inside = is_cell & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-                weight = tl.load(plane + y * width + x, inside, other=0)
-                weight *= y_share * _share(x, cell_x, w, FACTOR)
-                offsets = _offsets(sample, c, y, x, channels, height, width, CHANNELS_LAST)
-                mask = (c < channels)[:, None] & inside[None, :]
-                grad = tl.load(grad_out + offsets, mask, other=0).to(tl.float32)
-                total += grad * weight[None, :]
-        offsets = _offsets(sample, c, cell_y, cell_x, channels, h, w, CHANNELS_LAST)
-        tl.store(grad_level + offsets, total, (c < channels)[:, None] & is_cell[None, :])
-
-
 # ---- launchers -----------------------------------------------------------------------------------
 
 
@@ -452,34 +464,36 @@ class _Fusion:
         self.spans = triton.cdiv(self.channels, SPAN)
         self.weights = self._softmax(to_format_of(logits, logits))
 
-    def programs(self, tile: dict[str, int], factor: int = 1) -> int:
-        """Of a kernel whose programs have a tile of maps [H / factor, W / factor] and a span."""
-        rows = triton.cdiv(self.height // factor, tile["BLOCK_H"])
-        columns = triton.cdiv(self.width // factor, tile["BLOCK_W"])
-        return self.samples * self.spans * rows * columns
-
-    def tile(self, cell: int) -> dict[str, int]:
-        """The extents of a tile that consists of whole cells."""
-        widest = 8 if self.channels_last else 64
-        rows = max(cell, min(4, triton.next_power_of_2(self.height)))
-        columns = max(cell, min(widest, triton.next_power_of_2(self.width)))
-        channels = min(SPAN, TILE[self.mode] // (rows * columns))
-        channels = max(1, min(channels, triton.next_power_of_2(self.channels)))
-        return {"BLOCK_C": channels, "BLOCK_H": rows, "BLOCK_W": columns}
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        inner = self.channels if self.channels_last else self.width
-        return {
-            "CHANNELS_LAST": self.channels_last,
-            "ALIGNMENT": alignment_of(inner),
-            "SPAN": SPAN,
-        }
-
     def logits_strides(self, logits: Tensor) -> tuple[int, int]:
         """Of level and pixel."""
         area = self.height * self.width
         return (area, 1) if logits.is_contiguous() else (1, self.levels)
+
+    def over_tiles(self, kernel: Any, *args: Any) -> None:
+        """Launches a kernel whose programs have a tile of whole cells and a span of channels."""
+        cell = max(self.factors)
+        rows, columns, elements, warps = TILES[self.mode, self.channels_last]
+        rows = max(cell, min(rows, triton.next_power_of_2(self.height)))
+        columns = max(cell, min(columns, triton.next_power_of_2(self.width)))
+        channels = max(1, triton.next_power_of_2(self.channels))
+        tiles = triton.cdiv(self.height, rows) * triton.cdiv(self.width, columns)
+        launch(
+            kernel,
+            self.samples * self.spans * tiles,
+            *args,
+            self.channels,
+            self.height,
+            self.width,
+            FACTORS=self.factors,
+            BILINEAR=self.mode == "bilinear",
+            CHANNELS_LAST=self.channels_last,
+            ALIGNMENT=alignment_of(self.channels if self.channels_last else self.width),
+            SPAN=SPAN,
+            BLOCK_C=min(SPAN, elements // (rows * columns), channels),
+            BLOCK_H=rows,
+            BLOCK_W=columns,
+            num_warps=warps,
+        )
 
     def over_pixels(self, kernel: Any, *args: Any) -> None:
         """Launches a kernel over the pixels of every sample, for all levels at once."""
@@ -503,21 +517,7 @@ def asff_fuse(features: Sequence[Tensor], logits: Tensor, mode: str) -> Tensor:
     fusion = _Fusion(features, logits, mode)
     samples, _, height, width = logits.shape
     out = new_maps(fusion.like, (samples, fusion.channels, height, width))
-    tile = fusion.tile(max(fusion.factors))
-    launch(
-        fuse_kernel,
-        fusion.programs(tile),
-        fusion.features,
-        fusion.weights,
-        out,
-        fusion.channels,
-        height,
-        width,
-        FACTORS=fusion.factors,
-        BILINEAR=mode == "bilinear",
-        **fusion.layout,
-        **tile,
-    )
+    fusion.over_tiles(fuse_kernel, fusion.features, fusion.weights, out)
     return out
 
 
@@ -530,27 +530,9 @@ def asff_fuse_backward(
     grad_out = to_format_of(fusion.like, grad_out)
     grads = [new_maps(fusion.like, x.shape) for x in features]
     dots = fusion.weights.new_empty((samples, fusion.spans, levels, height, width))
-    tile = fusion.tile(max(fusion.factors))
-    launch(
-        fuse_backward_kernel,
-        fusion.programs(tile),
-        grad_out,
-        fusion.features,
-        fusion.weights,
-        tuple(grads),
-        dots,
-        fusion.channels,
-        height,
-        width,
-        FACTORS=fusion.factors,
-        BILINEAR=mode == "bilinear",
-        **fusion.layout,
-        **tile,
+    fusion.over_tiles(
+        fuse_backward_kernel, grad_out, fusion.features, fusion.weights, tuple(grads), dots
     )
-    if mode == "bilinear":
-        for level, (factor, grad) in enumerate(zip(fusion.factors, grads, strict=True)):
-            if factor > 1:
-                _shrink(fusion, level, factor, grad_out, grad)
     grad_logits = empty_maps(logits)
     fusion.over_pixels(
         softmax_backward_kernel,
@@ -562,22 +544,3 @@ def asff_fuse_backward(
         *fusion.logits_strides(grad_logits),
     )
     return grads, grad_logits
-
-
-def _shrink(fusion: _Fusion, level: int, factor: int, grad_out: Tensor, grad: Tensor) -> None:
-    tile = fusion.tile(1)
-    launch(
-        shrink_kernel,
-        fusion.programs(tile, factor),
-        grad_out,
-        fusion.weights,
-        grad,
-        fusion.channels,
-        fusion.height,
-        fusion.width,
-        level,
-        fusion.levels,
-        FACTOR=factor,
-        **fusion.layout,
-        **tile,
-    )

@@ -789,7 +789,7 @@ class Pixels {
     Tap<T> taps[kLevels];
     for (int64_t x = 0; x < pyramid_.width; ++x) {
       for (int64_t l = 0; l < kLevels; ++l) {
-        taps_of(l, y, x, weight_of(l, y, x), taps + l);
+        taps[l] = tap_of(l, y, x, weight_of(l, y, x));
       }
       mix_channels(taps, levels, pyramid_.channels, out + offset_of(y, x));
     }
@@ -866,24 +866,29 @@ class Pixels {
     return (sample_ * cells + cell) * pyramid_.channels;
   }
 
+  // The one cell that a position reads of a level in full size, or nearest.
+  Tap<T> tap_of(int64_t l, int64_t y, int64_t x, float weight) const {
+    const auto& level = pyramid_.levels[l];
+    const auto* values = static_cast<const T*>(level.x);
+    return {
+        values + cell_offset(l, y / level.factor, x / level.factor), weight};
+  }
+
   // What the level's value at a position of the output consists of.
   int64_t taps_of(
       int64_t l, int64_t y, int64_t x, float weight, Tap<T>* taps) const {
     const auto& level = pyramid_.levels[l];
     const auto* values = static_cast<const T*>(level.x);
     const int64_t factor = level.factor;
-    const bool bilinear = pyramid_.bilinear;
-    const Source rows =
-        source_of(y, factor, pyramid_.height / factor, bilinear);
-    const Source columns =
-        source_of(x, factor, pyramid_.width / factor, bilinear);
+    if (factor == 1 || !pyramid_.bilinear) {
+      taps[0] = tap_of(l, y, x, weight);
+      return 1;
+    }
+    const Source rows = source_of(y, factor, pyramid_.height / factor, true);
+    const Source columns = source_of(x, factor, pyramid_.width / factor, true);
     const auto at = [&](int64_t row, int64_t column) {
       return values + cell_offset(l, row, column);
     };
-    if (factor == 1 || !bilinear) {
-      taps[0] = {at(rows.first, columns.first), weight};
-      return 1;
-    }
     const float upper = weight * (1.0f - rows.share);
     const float lower = weight * rows.share;
     const float left = 1.0f - columns.share;

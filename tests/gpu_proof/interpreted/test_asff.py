@@ -65,25 +65,49 @@ def test_nothing_to_fuse(shape):
     assert all(grad.abs().sum() == 0 for grad in grads)
 
 
+SHAPES = pytest.mark.parametrize(
+    "shape", [(1, 128, 52, 52), (1, 128, 16, 64)], ids=["ASFF", "aligned"]
+)
+
+
+def traffic_of(shape, memory_format, mode):
+    """Traffic and floor, forward and backward: every input and every result moves once."""
+    inputs = leaves_of(make_inputs(shape, (4, 2, 1), memory_format=memory_format))
+    read = sum(t.nbytes for t in inputs)
+    with count_traffic() as forward:
+        out = ops.asff_fuse(inputs[:-1], inputs[-1], mode)
+    with count_traffic() as backward:
+        out.backward(torch.randn_like(out))
+    assert forward.atomics == backward.atomics == 0
+    return (forward, read + out.nbytes), (backward, 2 * read + out.nbytes)
+
+
+@SHAPES
 @pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", [(1, 128, 52, 52), (1, 128, 16, 64)], ids=["ASFF", "aligned"])
-def test_traffic(memory_format, shape):
-    """At most 1.1 times what must move: every input and every result once.
+def test_traffic_of_nearest(memory_format, shape):
+    """At most 1.1 times what must move, with no help of caches.
 
     Counted in sectors of 32 bytes: several lanes of one access read the same cell of a smaller
     level, whose bytes move once.
     """
-    inputs = leaves_of(make_inputs(shape, (4, 2, 1), memory_format=memory_format))
-    maps = sum(t.nbytes for t in inputs[:-1])
-    logits = inputs[-1].nbytes
+    for traffic, floor in traffic_of(shape, memory_format, "nearest"):
+        assert floor <= traffic.sectors <= 1.1 * floor, traffic.sectors / floor
 
-    with count_traffic() as forward:
-        out = ops.asff_fuse(inputs[:-1], inputs[-1])
-    floor = maps + logits + out.nbytes
-    assert floor <= forward.sectors <= 1.1 * floor, forward.sectors / floor
 
-    with count_traffic() as backward:
-        out.backward(torch.randn_like(out))
-    floor = 2 * (maps + logits) + out.nbytes
-    assert floor <= backward.sectors <= 1.1 * floor, backward.sectors / floor
-    assert forward.atomics == backward.atomics == 0
+@SHAPES
+@pytest.mark.parametrize(
+    ("memory_format", "l2"), zip(FORMATS, [(1.15, 1.3), (1.4, 1.8)], strict=True)
+)
+def test_traffic_of_bilinear(memory_format, l2, shape):
+    """At most 1.1 times what must move between memory and the L2 cache, which programs share.
+
+    A program reads the cells and pixels around its tile, too, and several times what it has read,
+    then out of the L1 cache. Its neighbours read them as well: just before or after, or a row of
+    tiles earlier or later, of which the L2 cache holds many. What that cache moves has bounds of
+    its own: channels_last tiles are smaller, so that rows of channels are whole sectors.
+    """
+    for (traffic, floor), bound in zip(
+        traffic_of(shape, memory_format, "bilinear"), l2, strict=True
+    ):
+        assert floor <= traffic.memory <= 1.1 * floor, traffic.memory / floor
+        assert traffic.l2 <= bound * floor, traffic.l2 / floor
