@@ -37,6 +37,9 @@ from dlkernels import use_backend
 from dlkernels.boxes.kmeans import cluster_box_sizes
 from dlkernels.models.detection import checkpoint
 from dlkernels.models.detection.checkpoint import DETECTORS, DetectorConfig
+from dlkernels.models.detection.yolo_head import STRIDES
+
+LEAST_CELLS = 2  # of a level, in the side of the boxes that its anchors are fitted to
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -333,8 +336,31 @@ def detector_options(options: argparse.Namespace, data: CocoData) -> dict[str, A
     )
     if len(boxes) < 9:
         return {}  # the published anchors
-    clusters = cluster_box_sizes(boxes[:, 2:] - boxes[:, :2], 9)
-    return {"anchors": clusters.sizes.view(3, 3, 2).tolist()}
+    return {"anchors": fitted_anchors(boxes[:, 2:] - boxes[:, :2])}
+
+
+def fitted_anchors(sizes: Tensor) -> list[list[list[float]]]:
+    """Three anchors for each of YOLO's levels, clusters of the boxes that suit its stride.
+
+    A level's cells cannot place a box that is smaller than about two of them, so that a level gets
+    the boxes from twice its stride on, by the root of their area, and the finest the rest. A level
+    that few boxes suit gets anchors of its neighbour's shapes, in its own scale.
+
+    Args:
+        sizes: widths and heights of boxes in pixels, [N, 2], N at least 9.
+    """
+    bounds = sizes.new_tensor([LEAST_CELLS * stride for stride in STRIDES[1:]])
+    level_of_box = torch.bucketize(sizes.prod(1).sqrt(), bounds, right=True)
+    clusters: dict[int, Tensor] = {}
+    for level in range(len(STRIDES)):
+        own = sizes[level_of_box == level]
+        if len(own) >= 3:
+            clusters[level] = cluster_box_sizes(own, 3).sizes
+    anchors = []
+    for level, stride in enumerate(STRIDES):
+        nearest = min(clusters, key=lambda other: abs(other - level))
+        anchors.append((clusters[nearest] * (stride / STRIDES[nearest])).tolist())
+    return anchors
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from detection.ema import MovingAverage
 from detection.evaluation import coco_map
 from PIL import Image
 from torch import nn
-from train_detector import detector_options, main, parsed
+from train_detector import detector_options, fitted_anchors, main, parsed
 
 from dlkernels import cli
 from dlkernels.models.detection import checkpoint
@@ -180,7 +180,20 @@ def test_anchors_of_yolo_fit_the_training_boxes(data):
     assert anchors.shape == (3, 3, 2)
     assert (anchors.flatten(0, 1).prod(1).diff() > 0).all()
     assert (anchors.amin((0, 1)) >= sizes.amin(0)).all()
-    assert (anchors.amax((0, 1)) <= sizes.amax(0)).all()
+
+
+def test_anchors_stand_at_the_level_whose_stride_suits_their_boxes():
+    side = torch.linspace(10, 300, 400)
+    sizes = torch.stack((0.8 * side, 1.25 * side), 1)
+    fine, middle, coarse = (torch.tensor(level).prod(1).sqrt() for level in fitted_anchors(sizes))
+    assert 10 < fine.min() < fine.max() < 32 < middle.min() < middle.max() < 64 < coarse.min()
+    # No box suits the other levels: the same shapes in the levels' scales.
+    fine, middle, coarse = map(torch.tensor, fitted_anchors(sizes[side < 30]))
+    assert torch.equal(middle, 2 * fine)
+    assert torch.equal(coarse, 4 * fine)
+    fine, middle, coarse = map(torch.tensor, fitted_anchors(sizes[side > 70]))
+    assert torch.equal(fine, coarse / 4)
+    assert torch.equal(middle, coarse / 2)
 
 
 # ---- training -----------------------------------------------------------------------------------
