@@ -334,7 +334,7 @@ def _time_table(lines: list[dict], swapped: set[str]) -> str:
     )
     text = "A training step, medians of interleaved runs (quartiles), float32: "
     text += f"{'; '.join(conditions)}. Each in its faster layout, contiguous (co) or channels_last "
-    text += "(ch); memory is the peak beyond what is held before, in that layout."
+    text += "(ch), torch.compile in channels_last; memory is the peak beyond what is held before."
     failed = [f"{x['model']} ({x['error']})" for x in lines if "error" in x]
     rest = [f"Failed: {', '.join(failed)}."] if failed else []
     return "\n\n".join([*texts, text, _markdown(COLUMNS, rows), *rest])

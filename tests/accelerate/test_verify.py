@@ -106,7 +106,7 @@ def scale_gradient_of_input(model, name):
 
 WRONG = {
     "timm/mnasnet_050": [
-        (scale_gradient, "bn1.bias"),
+        (scale_gradient, "conv_stem.weight"),
         (scale_gradient, "blocks.2.1.conv_dw.weight"),
         (scale_gradient, "blocks.5.2.bn2.weight"),
         (scale_gradient, "conv_head.weight"),
