@@ -235,7 +235,7 @@ def cost(name: str, batch: int, size: int, rounds: int, compiled: bool) -> Cost:
         rounds: of interleaved runs.
         compiled: whether torch.compile is measured, too.
     """
-    calls = {}
+    calls: dict[str, Step] = {}
     for layout in LAYOUTS:
         last = layout == "channels_last"
         timed, _ = steps(name, batch, size, True, compiled and last, last)
