@@ -104,7 +104,8 @@ class Correctness:
     Attributes:
         swapped: the number of swapped modules of each type.
         left: for each reason the number of modules left for it.
-        comparisons: those of outputs, gradients and buffers as a whole.
+        comparisons: those of outputs, gradients and buffers as a whole, and of their parts that
+            which is nearest to its limit.
     """
 
     swapped: dict[str, int]
@@ -129,7 +130,10 @@ def correctness(name: str, batch: int, size: int) -> Correctness:
     model = settled(make_model(name), x)
     verification = Verification(model, x)
     report = accelerate(model)
-    comparisons = [c for c in verification.compare(strict=False) if " of " not in c.name]
+    comparisons = verification.compare(strict=False)
+    parts = [c for c in comparisons if " of " in c.name]
+    whole = [c for c in comparisons if " of " not in c.name]
+    comparisons = [*whole, *sorted(parts, key=lambda c: c.share)[-1:]]
     return Correctness(_kinds(report), _reasons(report), comparisons)
 
 
@@ -204,16 +208,25 @@ def _train(model: nn.Module, x: Tensor) -> None:
     model.zero_grad()
 
 
+LAYOUTS = ("contiguous", "channels_last")
+
+
 @dataclass(frozen=True)
 class Cost:
-    """A training step: median and quartiles in seconds, and peak memory in bytes, by name."""
+    """A training step: median and quartiles in seconds, and peak memory in bytes.
+
+    By name and layout, such as ``"eager, channels_last"``.
+    """
 
     seconds: dict[str, tuple[float, float, float]]
     peak: dict[str, int]
 
 
 def cost(name: str, batch: int, size: int, rounds: int, compiled: bool) -> Cost:
-    """The cost of a training step of the model, accelerated and not.
+    """The cost of a training step of the model, accelerated and not, in both memory layouts.
+
+    torch.compile, which takes minutes, is measured in channels_last only, its faster layout where
+    both were tried.
 
     Args:
         name: ``library/model``.
@@ -222,7 +235,11 @@ def cost(name: str, batch: int, size: int, rounds: int, compiled: bool) -> Cost:
         rounds: of interleaved runs.
         compiled: whether torch.compile is measured, too.
     """
-    timed, weighed = steps(name, batch, size, True, compiled)
-    timings = interleaved_timings(timed, rounds, warmup=1)
-    seconds = {name: (t.median, t.low, t.high) for name, t in timings.items()}
-    return Cost(seconds, {name: peak_cpu_memory(step) for name, step in weighed.items()})
+    calls: dict[str, Step] = {}
+    for layout in LAYOUTS:
+        last = layout == "channels_last"
+        timed, _ = steps(name, batch, size, True, compiled and last, last)
+        calls |= {f"{call}, {layout}": step for call, step in timed.items()}
+    timings = interleaved_timings(calls, rounds)  # torch.compile may compile the second, too
+    seconds = {call: (t.median, t.low, t.high) for call, t in timings.items()}
+    return Cost(seconds, {call: peak_cpu_memory(step) for call, step in calls.items()})

@@ -24,11 +24,28 @@ TIME = {
     "size": 32,
     "machine": "a machine",
     "seconds": {
-        "dlkernels": [0.1, 0.1, 0.2],
-        "eager": [0.2, 0.2, 0.2],
-        "torch.compile": [0.125] * 3,
+        "dlkernels, contiguous": [0.1, 0.1, 0.2],
+        "eager, contiguous": [0.3, 0.3, 0.3],
+        "torch.compile, contiguous": [0.125] * 3,
+        "dlkernels, channels_last": [0.3, 0.3, 0.3],
+        "eager, channels_last": [0.2, 0.2, 0.2],
     },
-    "peak": {"dlkernels": 2**20, "eager": 2**22},
+    "peak": {
+        "dlkernels, contiguous": 2**20,
+        "eager, contiguous": 2**24,
+        "torch.compile, contiguous": 2**21,
+        "dlkernels, channels_last": 2**24,
+        "eager, channels_last": 2**22,
+    },
+}
+WHOLE = {**EXACT, "model": "timm/whole", "state": "swapped", "left": {}}
+NOT_COMPILED = {
+    **TIME,
+    "model": "timm/whole",
+    **{
+        part: {k: v for k, v in TIME[part].items() if "compile" not in k}
+        for part in ("seconds", "peak")
+    },
 }
 
 
@@ -54,16 +71,23 @@ def test_a_model_is_measured_once_and_the_page_written(tmp_path):
 def test_tables():
     failed = {"model": "timm/bad", "kind": "correctness", "error": "it broke"}
     large = {"model": "timm/large", "kind": "correctness", "skipped": "900 million parameters"}
-    text = accelerate_table.table([EXACT, TIME, failed, large])
-    assert "1 models: 0 swapped, 1 partly, 0 left; 0 beyond the contract." in text
+    text = accelerate_table.table([EXACT, WHOLE, TIME, NOT_COMPILED, failed, large])
+    assert "2 models: 1 swapped, 1 partly, 0 left; 0 beyond the contract." in text
     assert (
         "| timm/some | partly | 3 SEModule | 2 (1) | 2e-06 / 1e-06 | 2e-06 / 1e-06 | 0.20 |" in text
     )
     assert "1. it has hooks" in text
     assert "Not run: timm/large (900 million parameters)." in text
     assert "Failed: timm/bad (it broke)." in text
-    assert "| timm/some | 200 | 125 | 100 (100 to 200) | 0.50 | 0.80 | 4 | 1 | 0.25 |" in text
-    assert "| geometric mean |  |  |  | 0.50 | 0.80 |  |  | 0.25 |" in text
+    row = "| 200 ch | 125 co | 100 (100 to 200) co | 0.50 | 0.80 | 4 | 2 | 1 | 0.25 | 0.50 |"
+    assert f"| timm/some (partly) {row}" in text
+    row = "| 200 ch |  | 100 (100 to 200) co | 0.50 | 0.50 | 4 |  | 1 | 0.25 | 0.25 |"
+    assert f"| timm/whole {row}" in text
+    assert "of the 1 fully swapped models: 0.50 x the time and 0.25 x the memory of eager" in text
+    assert "torch.compile was" not in text
+    text = accelerate_table.table([WHOLE, {**TIME, "model": "timm/whole"}])
+    assert "0.80 x the time of the faster of both (aim 0.70, missed)" in text
+    assert "0.50 x the memory of the smaller (aim 0.60, met)" in text
 
 
 def test_a_process_that_dies_is_an_error():

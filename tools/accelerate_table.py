@@ -175,7 +175,8 @@ def table(lines: list[dict]) -> str:
     times = [line for line in lines if line["kind"] == "time"]
     parts = []
     if times:
-        parts.append(_time_table(times))
+        swapped = {line["model"] for line in exact if line.get("state") == "swapped"}
+        parts.append(_time_table(times, swapped))
     if exact:
         parts.append(_correctness_table(exact))
     return "\n\n".join(parts)
@@ -233,47 +234,119 @@ def _correctness_row(line: dict, notes: dict[str, int]) -> list[str]:
 
 def _largest(line: dict, word: str) -> str:
     """The largest error of the accelerated model, and that of the original."""
-    worst = max((c for c in line["comparisons"] if word in c["name"]), key=lambda c: c["after"])
+    whole = [c for c in line["comparisons"] if word in c["name"] and " of " not in c["name"]]
+    worst = max(whole, key=lambda c: c["after"])
     return f"{worst['after']:.0e} / {worst['before']:.0e}"
 
 
-def _time_table(lines: list[dict]) -> str:
-    rows = []
-    for line in sorted((line for line in lines if "seconds" in line), key=lambda x: x["model"]):
-        seconds = {name: values[0] for name, values in line["seconds"].items()}
-        ours = seconds.pop("dlkernels")
-        best = min(seconds, key=seconds.__getitem__)
-        compiled = f"{1e3 * seconds['torch.compile']:.0f}" if "torch.compile" in seconds else ""
-        _, low, high = line["seconds"]["dlkernels"]
-        spread = f"{1e3 * ours:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})"
-        eager_peak, peak = (line["peak"][name] / 2**20 for name in ("eager", "dlkernels"))
-        ratios = (ours / seconds["eager"], ours / seconds[best])
-        rows.append(
-            [
-                *(line["model"], f"{1e3 * seconds['eager']:.0f}", compiled, spread),
-                *(f"{ratio:.2f}" for ratio in ratios),
-                *(f"{eager_peak:.0f}", f"{peak:.0f}", f"{peak / eager_peak:.2f}"),
-            ]
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """The time and memory of one row, each call in its faster layout.
+
+    Attributes:
+        seconds: median and quartiles by call.
+        peak: bytes by call.
+        layout: the first letter of the faster layout by call.
+    """
+
+    seconds: dict[str, list[float]]
+    peak: dict[str, int]
+    layout: dict[str, str]
+
+    @classmethod
+    def of(cls, line: dict) -> _Cost:
+        fastest: dict[str, str] = {}
+        for key, (median, _, _) in line["seconds"].items():
+            call = key.partition(", ")[0]
+            if call not in fastest or median < line["seconds"][fastest[call]][0]:
+                fastest[call] = key
+        return cls(
+            {call: line["seconds"][key] for call, key in fastest.items()},
+            {call: line["peak"][key] for call, key in fastest.items()},
+            {call: key.partition(", ")[2][:2] for call, key in fastest.items()},
+        )
+
+    def ratios(self) -> list[float]:
+        """Of time and of memory: to eager's, and to the least of eager's and torch.compile's."""
+        return [
+            ours / theirs
+            for values in ({k: v[0] for k, v in self.seconds.items()}, self.peak)
+            for ours in [values["dlkernels"]]
+            for theirs in (
+                values["eager"],
+                min(value for call, value in values.items() if call != "dlkernels"),
+            )
+        ]
+
+    def cells(self) -> list[str]:
+        times, peaks = [], []
+        for call in ("eager", "torch.compile", "dlkernels"):
+            if call not in self.seconds:
+                times.append("")
+                peaks.append("")
+                continue
+            median, low, high = (1e3 * value for value in self.seconds[call])
+            spread = f" ({low:.0f} to {high:.0f})" if call == "dlkernels" else ""
+            times.append(f"{median:.0f}{spread} {self.layout[call]}")
+            peaks.append(f"{self.peak[call] / 2**20:.0f}")
+        ratios = [f"{ratio:.2f}" for ratio in self.ratios()]
+        return [*times, *ratios[:2], *peaks, *ratios[2:]]
+
+
+COLUMNS = ["model", "eager ms", "torch.compile ms", "dlkernels ms", "ratio to eager"]
+COLUMNS += ["ratio to best", "eager MiB", "torch.compile MiB", "dlkernels MiB", "ratio to eager"]
+COLUMNS += ["ratio to least"]
+
+
+def _time_table(lines: list[dict], swapped: set[str]) -> str:
+    """The costs of training steps.
+
+    Args:
+        lines: of kind ``"time"``.
+        swapped: the models that were fully swapped.
+    """
+    measured = sorted((line for line in lines if "seconds" in line), key=lambda x: x["model"])
+    costs = {line["model"]: _Cost.of(line) for line in measured}
+    rows = [
+        [name if name in swapped else f"{name} (partly)", *cost.cells()]
+        for name, cost in costs.items()
+    ]
+    whole = [cost for name, cost in costs.items() if name in swapped]
+    compiled = [cost for cost in whole if "torch.compile" in cost.seconds]
+    texts = []
+    if whole:
+        time, _, memory, _ = _means(whole)
+        texts.append(
+            f"Geometric means of the {len(whole)} fully swapped models: {time:.2f} x the time and "
+            f"{memory:.2f} x the memory of eager PyTorch."
+        )
+    if compiled:
+        _, time, _, memory = _means(compiled)
+        texts.append(
+            f"Of the {len(compiled)} of them for which torch.compile was measured, too: {time:.2f} "
+            f"x the time of the faster of both ({_verdict(time, 0.7)}) and {memory:.2f} x the "
+            f"memory of the smaller ({_verdict(memory, 0.6)})."
         )
     conditions = dict.fromkeys(
         f"{line['machine']}, batch {line['batch']}, {line['size']} px"
         for line in lines
         if "machine" in line
     )
-    columns = ["model", "eager ms", "torch.compile ms", "dlkernels ms", "ratio to eager"]
-    columns += ["ratio to best", "eager MiB", "dlkernels MiB", "ratio of memory"]
-    mean = _geometric_means(rows)
     text = "A training step, medians of interleaved runs (quartiles), float32: "
-    text += f"{'; '.join(conditions)}."
-    return "\n\n".join([text, _markdown(columns, [*rows, mean])])
+    text += f"{'; '.join(conditions)}. Each in its faster layout, contiguous (co) or channels_last "
+    text += "(ch), torch.compile in channels_last; memory is the peak beyond what is held before."
+    failed = [f"{x['model']} ({x['error']})" for x in lines if "error" in x]
+    rest = [f"Failed: {', '.join(failed)}."] if failed else []
+    return "\n\n".join([*texts, text, _markdown(COLUMNS, rows), *rest])
 
 
-def _geometric_means(rows: list[list[str]]) -> list[str]:
-    def mean(index: int) -> str:
-        values = torch.tensor([float(row[index]) for row in rows])
-        return f"{values.log().mean().exp():.2f}"
+def _means(costs: list[_Cost]) -> list[float]:
+    """The geometric means of the ratios of several models."""
+    return torch.tensor([cost.ratios() for cost in costs]).log().mean(0).exp().tolist()
 
-    return ["geometric mean", "", "", "", mean(4), mean(5), "", "", mean(8)]
+
+def _verdict(ratio: float, aim: float) -> str:
+    return f"aim {aim:.2f}, {'met' if round(ratio, 2) <= aim else 'missed'}"
 
 
 def _markdown(columns: list[str], rows: list[list[str]]) -> str:

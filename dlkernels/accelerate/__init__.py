@@ -84,7 +84,7 @@ def accelerate(
     The proof is of each module's forward. Code that calls the norm of a pair by itself, such as
     an extractor of features between a norm and its activation, gets activated maps. To synchronise
     batch norms afterwards, use :func:`dlkernels.nn.convert_sync_batchnorm`: torch's own conversion
-    drops the activations inside them.
+    would drop the activations inside them, and raises.
 
     Args:
         model: any module.

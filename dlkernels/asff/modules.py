@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dlkernels.asff.op import asff_fuse
 from dlkernels.asff.reference import upsample
@@ -121,10 +123,11 @@ class ASFF(nn.Module):
         """
         levels = (level_0, level_1, level_2)
         self._check(levels)
-        features = [self._resize(index, x) for index, x in enumerate(levels)]
-        logits = self._logits(features)
-        out = self.expand(asff_fuse(features, logits))
-        return (out, torch.softmax(logits, 1)) if self.return_weights else out
+        with _statistics_kept_on_error(self):
+            features = [self._resize(index, x) for index, x in enumerate(levels)]
+            logits = self._logits(features)
+            out = self.expand(asff_fuse(features, logits))
+            return (out, torch.softmax(logits, 1)) if self.return_weights else out
 
     def _check(self, levels: Sequence[Tensor]) -> None:
         for index, (x, width) in enumerate(zip(levels, self.channels, strict=True)):
@@ -181,6 +184,19 @@ def _conv_block(
     return nn.Sequential(
         OrderedDict([("conv", conv), ("batch_norm", nn.BatchNorm2d(out_channels)), (name, make())])
     )
+
+
+@contextmanager
+def _statistics_kept_on_error(module: nn.Module) -> Iterator[None]:
+    """Restores running statistics after an error, such as memory that runs out after some norms."""
+    norms = [norm for norm in module.modules() if norm.training and isinstance(norm, _BatchNorm)]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    except RuntimeError:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        raise
 
 
 # ---- batch norm at the resolution before upsampling ----------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     """Batch norm and activation (Ioffe and Szegedy 2015) in one fused op.
 
     Parameters, buffers, state-dict keys and running statistics are those of ``nn.BatchNorm2d``. See
-    :func:`dlkernels.ops.batch_norm_act` for the formula and what is saved for backward. torch's own
-    ``convert_sync_batchnorm`` would drop the activation; use
+    :func:`dlkernels.ops.batch_norm_act` for the formula and what is saved for backward. torch's and
+    timm's ``convert_sync_batchnorm`` would drop the activation and raise RuntimeError instead; use
     :func:`dlkernels.nn.convert_sync_batchnorm`.
 
     Args:
@@ -56,6 +57,28 @@ class BatchNormAct2d(nn.BatchNorm2d):
         )
         self.activation = activation
         self.negative_slope = negative_slope
+
+    @property
+    def qconfig(self) -> Any:
+        """What PyTorch's quantization sets, if it did.
+
+        Conversions to SyncBatchNorm other than the library's ask every norm for it, which is the
+        one moment to tell them that they are about to drop the activation.
+        """
+        asking = sys._getframe(1).f_code.co_name
+        if asking == "convert_sync_batchnorm" and self.activation != "identity":
+            raise RuntimeError(
+                f"this convert_sync_batchnorm would drop the activation {self.activation} inside "
+                "BatchNormAct2d; use dlkernels.nn.convert_sync_batchnorm(model), also to finish "
+                "what this call has begun"
+            )
+        if "qconfig" not in vars(self):
+            raise AttributeError("qconfig")
+        return vars(self)["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        vars(self)["qconfig"] = value
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, sample_scale: Tensor | None = None

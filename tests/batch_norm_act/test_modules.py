@@ -1,6 +1,9 @@
 """nn.BatchNormAct2d takes the place of nn.BatchNorm2d: keys, running statistics, export."""
 
+import copy
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -94,3 +97,30 @@ def test_onnx(tmp_path):
     torch.onnx.export(module, (x,), path, input_names=["x"], verbose=False)
     (out,) = onnxruntime.InferenceSession(path).run(None, {"x": x.numpy()})
     assert relative_error(torch.from_numpy(out), module(x).detach()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm],
+    ids=["torch", "timm"],
+)
+def test_conversions_that_drop_the_activation_are_refused(convert):
+    model = nn.Sequential(
+        nn.BatchNorm2d(8),
+        dlkernels.nn.BatchNormAct2d(8, activation="silu"),
+    ).eval()
+    x = torch.randn(2, 8, 3, 3)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"drop the activation silu.*dlkernels.nn.convert"):
+        convert(model)
+    converted = dlkernels.nn.convert_sync_batchnorm(model)
+    assert all(isinstance(child, nn.SyncBatchNorm) for child in converted)
+    assert relative_error(converted(x), expected) < 1e-6
+    convert(nn.Sequential(dlkernels.nn.BatchNormAct2d(8)))  # there is none to drop
+
+
+def test_what_quantization_sets():
+    module = dlkernels.nn.BatchNormAct2d(8, activation="relu")
+    assert not hasattr(module, "qconfig")
+    module.qconfig = "some"
+    assert copy.deepcopy(module).qconfig == "some"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dlkernels
@@ -10,6 +11,19 @@ from dlkernels import ops
 from dlkernels.boxes.anchors import AnchorGrid
 
 CHANNELS = 16
+
+
+class ASFFOfOneMap(nn.Module):
+    """ASFF of a map and of its averages over 2 x 2 and 4 x 4 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse = dlkernels.nn.ASFF(1, (CHANNELS,) * 3, out_channels=CHANNELS, weight_channels=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fuse(*(F.avg_pool2d(x, size) for size in (4, 2)), x)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "SqueezeExcite": lambda: dlkernels.nn.SqueezeExcite(CHANNELS, 4),
     "BatchNormAct2d": lambda: dlkernels.nn.BatchNormAct2d(CHANNELS, activation="silu"),
@@ -17,6 +31,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "MBConv": lambda: dlkernels.nn.MBConv(CHANNELS, CHANNELS, 32, squeeze_channels=4),
     "DenseBlock": lambda: dlkernels.nn.DenseBlock(2, CHANNELS, 2, 4),
     "Transition": lambda: dlkernels.nn.Transition(CHANNELS, 8),
+    "ASFF": ASFFOfOneMap,
 }
 
 
