@@ -96,12 +96,12 @@ def check_number(name: str, value: Any) -> None:
 
 
 def check_integer(name: str, value: Any) -> None:
-    """``value`` is an integer.
+    """``value`` is an integer, and not a flag.
 
     Raises:
         TypeError: it is not.
     """
-    if not isinstance(value, (int, torch.SymInt, Integral)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"{name} must be an integer, but is {type(value).__name__}")
 
 

@@ -46,6 +46,8 @@ class BoxBatch:
                 infinite or inverted; the message names the image and the box.
         """
         padded = padded_boxes("gt_boxes", boxes)
+        if padded.is_meta:
+            raise ValueError("gt_boxes must hold values, but is on the device meta")
         counts = counts_of(boxes, num_gt, padded)
         check_counts(counts, padded.shape[1])
         check_proper(padded, counts)

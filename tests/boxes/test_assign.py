@@ -271,6 +271,7 @@ def test_no_gradient(assign):
     [
         (None, None, TypeError, "gt_boxes must be a tensor or a list, but is NoneType"),
         ([], None, ValueError, "gt_boxes must have at least one image"),
+        ([torch.zeros(0, 4, device="meta")], None, ValueError, "gt_boxes must hold values"),
         ([torch.zeros(3, 5)], None, ValueError, r"gt_boxes\[0\] must have shape \[boxes, 4\]"),
         ([torch.zeros(3, 4).long()], None, TypeError, r"gt_boxes\[0\] must be float32.*int64"),
         (torch.zeros(2, 4), None, ValueError, r"gt_boxes must have shape \[B, boxes, 4\]"),

@@ -21,6 +21,7 @@ NORM = ops.Norm()
             r"norm\.var gets no gradient",
         ),
         ({"stride": None}, TypeError, "stride must be an integer, but is NoneType"),
+        ({"stride": True}, TypeError, "stride must be an integer, but is bool"),
         ({"padding": None}, TypeError, "padding must be an integer, but is NoneType"),
         ({"padding": (1, 1, "1", 1)}, TypeError, r"padding\[2\] must be an integer, but is str"),
         ({"pool": "yes"}, TypeError, "pool must be True or False, but is 'yes'"),
