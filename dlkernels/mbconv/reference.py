@@ -98,7 +98,7 @@ def depthwise_conv_bn_act(
     if input_norm is not None:
         x, _, input_mean, input_var = apply(x, input_norm, False)
     padded = F.pad(x, padding)
-    raw = F.conv2d(padded, weight.to(x.dtype), stride=int(stride), groups=x.shape[1])
+    raw = F.conv2d(padded, weight.to(x.dtype), stride=stride, groups=x.shape[1])
     out, pooled, mean, var = apply(raw, norm, pool)
     return out, raw, pooled, mean, var, input_mean, input_var
 
@@ -117,7 +117,7 @@ def mbconv_block(
     hidden = x if expand is None else _pointwise(x, expand)
     padded = F.pad(hidden, padding)
     weight = depthwise.weight.to(x.dtype)
-    raw = F.conv2d(padded, weight, stride=int(stride), groups=hidden.shape[1])
+    raw = F.conv2d(padded, weight, stride=stride, groups=hidden.shape[1])
     hidden = apply(raw, depthwise.norm, False)[0]
     if excitation is not None:
         values = [v.to(x.dtype) if isinstance(v, Tensor) else v for v in excitation]
