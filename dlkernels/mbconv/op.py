@@ -195,7 +195,7 @@ def check_geometry(
     width = x.shape[3] + padding[0] + padding[1]
     if min(height, width) < size or min(x.shape[2:]) == 0:
         raise ValueError(
-            f"weight has a kernel of size {size}, which must not be larger than the padded maps of "
+            f"{name} has a kernel of size {size}, which must not be larger than the padded maps of "
             f"x, {height} x {width}"
         )
     return _output_shape(x, weight, stride, padding)[2:]
