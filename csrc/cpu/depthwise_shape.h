@@ -2,6 +2,7 @@
 
 // What launchers of kernels with a depthwise convolution inside share.
 
+#include <memory>
 #include <vector>
 
 #include "../include/tensor.h"
@@ -58,6 +59,23 @@ inline Tensor empty_outputs(
   return torch::stable::empty(
       sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }
+
+// Memory of a thread's own, from a cache line on, not initialized.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(int64_t floats) : memory_(new float[floats + kLine]) {}
+
+  float* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    const auto past = static_cast<int64_t>(address / sizeof(float) % kLine);
+    return memory_.get() + (kLine - past) % kLine;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;
+
+  std::unique_ptr<float[]> memory_;
+};
 
 inline int64_t groups_of(const DepthwiseShape& shape) {
   return ceil_div(shape.channels, kGroup);

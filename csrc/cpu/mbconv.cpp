@@ -28,13 +28,9 @@ void run(
       items,
       work / std::max<int64_t>(1, items),
       [&](int64_t begin, int64_t end) {
-        // From the next cache line on.
-        constexpr int64_t kLine = 16;
-        std::vector<float> memory(scratch_floats + kLine);
-        const auto address = reinterpret_cast<uintptr_t>(memory.data());
-        const int64_t skipped =
-            (kLine - static_cast<int64_t>(address / 4 % kLine)) % kLine;
-        pass(args, memory.data() + skipped, begin, end);
+        const ScratchMemory memory(scratch_floats);
+        std::fill_n(memory.data(), scratch_floats, 0.0f);
+        pass(args, memory.data(), begin, end);
       });
 }
 

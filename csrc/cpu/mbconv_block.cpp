@@ -1,7 +1,6 @@
 #include "kernels/mbconv_block.h"
 
 #include <cmath>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -186,13 +185,8 @@ void run(
       items,
       products / kProductsPerCost / std::max<int64_t>(1, items),
       [&](int64_t begin, int64_t end) {
-        // From a cache line on.
-        constexpr int64_t kLine = 16;
-        const std::unique_ptr<float[]> memory(new float[floats + kLine]);
-        const auto address = reinterpret_cast<uintptr_t>(memory.get());
-        const int64_t skipped =
-            (kLine - static_cast<int64_t>(address / 4 % kLine)) % kLine;
-        pass(args, memory.get() + skipped, begin, end);
+        const ScratchMemory memory(floats);
+        pass(args, memory.data(), begin, end);
       });
 }
 
