@@ -48,6 +48,14 @@ constexpr int taps(int K, int S, int residue) {
   return (K - residue + S - 1) / S;
 }
 
+DLKERNELS_INLINE int64_t area_of(const DepthwiseShape& shape) {
+  return shape.height * shape.width;
+}
+
+DLKERNELS_INLINE int64_t out_area_of(const DepthwiseShape& shape) {
+  return shape.out_height * shape.out_width;
+}
+
 DLKERNELS_INLINE int64_t rows_read(const DepthwiseShape& shape) {
   return (shape.out_height - 1) * shape.stride + shape.kernel;
 }
@@ -90,6 +98,29 @@ class Scratch {
   float* memory_;
   int64_t taken_ = 0;
 };
+
+template <int kValue>
+struct Known {
+  static constexpr int value = kValue;
+};
+
+// body(Known<kernel>, Known<stride>).
+template <typename Body>
+DLKERNELS_INLINE auto with_sizes(
+    const DepthwiseShape& shape, const Body& body) {
+  const auto with_stride = [&](auto kernel) {
+    return shape.stride == 2 ? body(kernel, Known<2>{})
+                             : body(kernel, Known<1>{});
+  };
+  switch (shape.kernel) {
+    case 3:
+      return with_stride(Known<3>{});
+    case 5:
+      return with_stride(Known<5>{});
+    default:
+      return with_stride(Known<7>{});
+  }
+}
 
 // The part of [0, extent) + padding that has the residue modulo the stride:
 // indices begin to begin + count of which each stands for S * index + residue.

@@ -53,9 +53,12 @@ inline DepthwiseShape depthwise_shape(
 }
 
 inline Tensor empty_outputs(
-    const Tensor& x, const DepthwiseShape& shape, MemoryFormat format) {
+    const Tensor& x,
+    const DepthwiseShape& shape,
+    int64_t channels,
+    MemoryFormat format) {
   const std::array<int64_t, 4> sizes{
-      shape.samples, shape.channels, shape.out_height, shape.out_width};
+      shape.samples, channels, shape.out_height, shape.out_width};
   return torch::stable::empty(
       sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
 }

@@ -107,8 +107,8 @@ depthwise_conv_bn_act(
       has_input_norm
           ? InputNorm{input_weight, input_bias, input_mean, input_var, input_eps, input_activation}
           : identity_of(x));
-  Tensor out = empty_outputs(x, shape, format);
-  Tensor raw = keep_raw ? empty_outputs(x, shape, format)
+  Tensor out = empty_outputs(x, shape, shape.channels, format);
+  Tensor raw = keep_raw ? empty_outputs(x, shape, shape.channels, format)
                         : torch::stable::new_empty(x, {0});
   Norm post = norm_of(
       keep_raw ? raw : out,

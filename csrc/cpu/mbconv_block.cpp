@@ -308,10 +308,7 @@ Tensor mbconv_block(
   const int64_t out_channels = project_weight.size(0);
   const DepthwiseShape shape =
       depthwise_shape(x, channels, depthwise_weight_, stride, padding);
-  const std::array<int64_t, 4> sizes{
-      shape.samples, out_channels, shape.out_height, shape.out_width};
-  Tensor out = torch::stable::empty(
-      sizes, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+  Tensor out = empty_outputs(x, shape, out_channels, format);
   STD_TORCH_CHECK(
       !residual ||
           (out_channels == in_channels && shape.out_height == shape.height &&

@@ -347,11 +347,7 @@ class MBConv(nn.Module):
             hidden = activate(apply_norm(self.part("expand_norm"), raw), self.activation, 0.0)
         raw = _plain_depthwise(self.part("depthwise"), hidden, self.same_padding)
         hidden = activate(apply_norm(self.part("depthwise_norm"), raw), self.activation, 0.0)
-        gate = (
-            self._excitation().gates(hidden.mean((2, 3))).to(x.dtype)
-            if "squeeze" in self.names
-            else None
-        )
+        gate = self._gate(hidden.mean((2, 3)), x)
         projected = pointwise(hidden, _matrix(self.part("project"), x), gate)
         out = apply_norm(self.part("project_norm"), projected)
         scale = self._sample_scale(x)
@@ -390,7 +386,7 @@ class MBConv(nn.Module):
             self._layer("depthwise", self.activation),
             self._layer("project", "identity"),
             self._layer("expand", self.activation) if "expand" in self.names else None,
-            self._excitation() if "squeeze" in self.names else None,
+            self._excitation(),
             conv.stride[0],
             padding_of(conv, x, self.same_padding),
             self.residual,
@@ -402,7 +398,9 @@ class MBConv(nn.Module):
             weight = weight.flatten(1)
         return ConvNorm(weight, norm_arguments(self.part(f"{name}_norm"), activation))
 
-    def _excitation(self) -> Excitation:
+    def _excitation(self) -> Excitation | None:
+        if "squeeze" not in self.names:
+            return None
         squeeze, excite = self.part("squeeze"), self.part("excite")
         return Excitation(
             squeeze.weight.flatten(1),
@@ -440,11 +438,7 @@ class MBConv(nn.Module):
 
     def _project(self, convolved: DepthwiseOutput) -> Tensor:
         x = convolved.out
-        gate = (
-            None
-            if convolved.pooled is None
-            else self._excitation().gates(convolved.pooled).to(x.dtype)
-        )
+        gate = self._gate(convolved.pooled, x)
         weight = _matrix(self.part("project"), x)
         if convolved.raw is None or not torch.is_grad_enabled():
             return pointwise(x, weight, gate)
@@ -455,7 +449,10 @@ class MBConv(nn.Module):
         return Projection.apply(x, weight, gate, convolved.raw, recipe)
 
     def _gate(self, pooled: Tensor | None, x: Tensor) -> Tensor | None:
-        return None if pooled is None else self._excitation().gates(pooled).to(x.dtype)
+        excitation = self._excitation()
+        if excitation is None or pooled is None:
+            return None
+        return excitation.gates(pooled).to(x.dtype)
 
     def _sample_scale(self, x: Tensor) -> Tensor | None:
         """Stochastic depth: Huang et al. (2016), scaled so that the expected value stays."""

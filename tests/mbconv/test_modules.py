@@ -12,6 +12,7 @@ from torchvision.models.efficientnet import MBConv, MBConvConfig
 from torchvision.ops import Conv2dNormActivation
 
 import dlkernels.nn
+from dlkernels.mbconv import block, modules
 from tests.models.test_senet import randomized
 from tests.numbers import FORMATS, relative_error
 
@@ -88,6 +89,20 @@ def test_inference_without_gradients(memory_format):
         out = block(x)
     assert out.is_contiguous(memory_format=memory_format)
     assert relative_error(out, expected) < 1e-6
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_whole_block_in_one_op(training, monkeypatch):
+    """In evaluation without gradients, and not with batch statistics."""
+    calls = []
+    monkeypatch.setattr(modules, "run_kernel", lambda *a: calls.append(a) or block.run_kernel(*a))
+    network = randomized(ours(16, 64, 3, 1, 4)).train(training)
+    x = torch.randn(2, 16, 9, 9)
+    network(x)
+    assert not calls
+    with torch.no_grad():
+        network(x)
+    assert len(calls) == (0 if training else 1)
 
 
 def test_nothing_is_stale():

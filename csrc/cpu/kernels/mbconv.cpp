@@ -35,23 +35,9 @@ Convolution convolution() {
 }
 
 Convolution convolution_of(const DepthwiseShape& shape) {
-  const bool strided = shape.stride == 2;
-  switch (shape.kernel) {
-    case 3:
-      return strided ? convolution<3, 2>() : convolution<3, 1>();
-    case 5:
-      return strided ? convolution<5, 2>() : convolution<5, 1>();
-    default:
-      return strided ? convolution<7, 2>() : convolution<7, 1>();
-  }
-}
-
-int64_t area_of(const DepthwiseShape& shape) {
-  return shape.height * shape.width;
-}
-
-int64_t out_area_of(const DepthwiseShape& shape) {
-  return shape.out_height * shape.out_width;
+  return with_sizes(shape, [](auto kernel, auto stride) {
+    return convolution<kernel.value, stride.value>();
+  });
 }
 
 // Zeros around the outputs' gradient.

@@ -126,14 +126,6 @@ void pack_matrix(const PackMatrixArgs& args, int64_t begin, int64_t end) {
 
 // ---- the input ----------------------------------------------------------
 
-int64_t area_of(const DepthwiseShape& shape) {
-  return shape.height * shape.width;
-}
-
-int64_t out_area_of(const DepthwiseShape& shape) {
-  return shape.out_height * shape.out_width;
-}
-
 // From a group of a map to the next one.
 int64_t group_step(int64_t area) {
   return (area + kPixelSlack) * kGroup;
@@ -367,18 +359,9 @@ void fill(
 using ConvolveRow = decltype(&convolve_row_of_pixels<3, 1>);
 
 ConvolveRow convolution_of(const DepthwiseShape& shape) {
-  const bool strided = shape.stride == 2;
-  switch (shape.kernel) {
-    case 3:
-      return strided ? convolve_row_of_pixels<3, 2>
-                     : convolve_row_of_pixels<3, 1>;
-    case 5:
-      return strided ? convolve_row_of_pixels<5, 2>
-                     : convolve_row_of_pixels<5, 1>;
-    default:
-      return strided ? convolve_row_of_pixels<7, 2>
-                     : convolve_row_of_pixels<7, 1>;
-  }
+  return with_sizes(shape, [](auto kernel, auto stride) -> ConvolveRow {
+    return convolve_row_of_pixels<kernel.value, stride.value>;
+  });
 }
 
 // Writes act(convolution + bias) of the rows of a band, for a vector of
