@@ -114,8 +114,10 @@ class Correctness:
 
     @property
     def state(self) -> str:
-        """``"swapped"``, ``"partly"`` or ``"left"``."""
-        return "left" if not self.swapped else "partly" if self.left else "swapped"
+        """``"swapped"``, ``"partly"`` or ``"left"``; convolutions are in every model."""
+        if not self.swapped.keys() - {"Conv2d"}:
+            return "left"
+        return "partly" if self.left else "swapped"
 
 
 def correctness(name: str, batch: int, size: int) -> Correctness:

@@ -6,6 +6,7 @@ from dlkernels.batch_norm_act.modules import (
     SyncBatchNormAct2d,
     convert_sync_batchnorm,
 )
+from dlkernels.conv3x3.modules import Conv2d
 from dlkernels.dense_block.modules import DenseBlock, DenseLayer, Transition
 from dlkernels.mbconv.modules import DepthwiseConvBNAct, MBConv
 from dlkernels.squeeze_excite.modules import SqueezeExcite
@@ -13,6 +14,7 @@ from dlkernels.squeeze_excite.modules import SqueezeExcite
 __all__ = [
     "ASFF",
     "BatchNormAct2d",
+    "Conv2d",
     "DenseBlock",
     "DenseLayer",
     "DepthwiseConvBNAct",

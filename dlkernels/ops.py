@@ -5,6 +5,7 @@ from dlkernels.atss.op import atss_assign
 from dlkernels.batch_norm_act.op import batch_norm_act
 from dlkernels.boxes.assign import fcos_assign, max_iou_assign, yolo_assign
 from dlkernels.boxes.op import box_iou_loss, sigmoid_focal_loss
+from dlkernels.conv3x3.op import conv3x3
 from dlkernels.dense_block.op import NormConv, dense_block
 from dlkernels.dense_block.slices import bn_relu_conv1x1, channel_statistics
 from dlkernels.dense_block.transition import transition
@@ -23,6 +24,7 @@ __all__ = [
     "bn_relu_conv1x1",
     "box_iou_loss",
     "channel_statistics",
+    "conv3x3",
     "dense_block",
     "depthwise_conv_bn_act",
     "fcos_assign",

@@ -90,6 +90,16 @@ def test_tables():
     assert "0.50 x the memory of the smaller (aim 0.60, met)" in text
 
 
+def test_convolutions_alone_make_no_model_a_swapped_one():
+    for swapped, left, state in (
+        ({"Conv2d": 5}, {}, "left"),
+        ({"Conv2d": 5}, {"it has hooks": 1}, "left"),
+        ({"SEModule": 3, "Conv2d": 5}, {}, "swapped"),
+        ({"SEModule": 3, "Conv2d": 5}, {"it has hooks": 1}, "partly"),
+    ):
+        assert accelerate_table.model_bench.Correctness(swapped, left, []).state == state
+
+
 def test_a_process_that_dies_is_an_error():
     assert accelerate_table._in_a_process(lambda _: sys.exit(3), "x") == {
         "error": "the process ended with code 3"

@@ -13,6 +13,7 @@ from dlkernels.watch import relative_error, watch
 from tests.asff import cases as asff
 from tests.batch_norm_act import cases as batch_norm_act
 from tests.boxes import cases as boxes
+from tests.conv3x3 import cases as conv3x3
 from tests.dense_block import cases as dense_block
 from tests.mbconv import cases as mbconv
 from tests.numbers import DTYPES
@@ -31,6 +32,11 @@ def run_asff_fuse(dtype):
 def run_batch_norm_act(dtype):
     leaves = batch_norm_act.make_inputs((2, 7, 5, 3), dtype).leaves()
     return watch(ops.batch_norm_act)(*leaves, activation="silu", pool=True)
+
+
+def run_conv3x3(dtype):
+    leaves = conv3x3.as_leaves(conv3x3.make_tensors((2, 9, 7, 6), 5, dtype))
+    return watch(ops.conv3x3)(*leaves, padding=2)
 
 
 def run_depthwise_conv_bn_act(dtype):

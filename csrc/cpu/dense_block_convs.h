@@ -325,7 +325,7 @@ class BlockBackward : public Block {
     const Norm norm_in = norm(index, in_first);
     const Tensor weight = packed(index, true);
     const Tiling& tiling = tiling_of_conv(index);
-    const int64_t size = packed_size(kernel(index), in.count, grad_out.count);
+    const int64_t size = gradient_size(kernel(index), in.count, grad_out.count);
     const int64_t threads = torch::stable::get_num_threads();
     Tensor partial = torch::stable::new_zeros(
         like_,

@@ -22,8 +22,6 @@
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
 
-#define DLKERNELS_NOINLINE static __attribute__((noinline))
-
 constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

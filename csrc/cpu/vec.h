@@ -21,6 +21,7 @@
 #endif
 
 #define DLKERNELS_INLINE static inline __attribute__((always_inline))
+#define DLKERNELS_NOINLINE static __attribute__((noinline))
 #define DLKERNELS_MEMBER inline __attribute__((always_inline))
 
 namespace dlkernels {

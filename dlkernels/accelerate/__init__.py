@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlkernels.accelerate import asff, atss, batch_norm_act, dense_block, mbconv, squeeze_excite
+from dlkernels.accelerate import (
+    asff,
+    atss,
+    batch_norm_act,
+    conv3x3,
+    dense_block,
+    mbconv,
+    squeeze_excite,
+)
 from dlkernels.accelerate.match import Match, follow_mode, type_name
 from dlkernels.accelerate.verify import Comparison, Verification, VerificationError
 from dlkernels.checks import check_choice
@@ -72,9 +80,10 @@ def accelerate(
     blocks and transitions, the inverted residual blocks of EfficientNet, MobileNetV2, MobileNetV3
     and MNASNet, and batch norms with an activation inside. Of any model: an ``nn.BatchNorm2d`` and
     the activation module that follows it, in a sequence or, as a trace of their parent's forward
-    shows, alone. By their attributes, and after a copy with random parameters was shown to compute
-    the formula in float64: the classic SELayer, hand-written dense blocks, the published ASFF, and
-    mmdetection's ATSSAssigner.
+    shows, alone; and float32 3x3 convolutions of stride 1 on the CPU, of 32 channels or more. By
+    their attributes, and after a copy with random parameters was shown to compute the formula in
+    float64: the classic SELayer, hand-written dense blocks, the published ASFF, and mmdetection's
+    ATSSAssigner.
 
     The new modules hold the very layers, and so the Parameter objects and state-dict keys, of the
     old ones: an optimizer that exists stays valid. What can't be proven equal is left, as are
@@ -166,6 +175,7 @@ def _matches(module: nn.Module, memory: str) -> Iterator[Match]:
     yield from batch_norm_act.matches(module)
     yield from asff.matches(module)
     yield from atss.matches(module)
+    yield from conv3x3.matches(module)
 
 
 def _reason_against_all(module: nn.Module) -> str | None:

@@ -78,7 +78,9 @@ def dense_block(
     are updated in place as ``torch.nn.functional.batch_norm`` does. float32, bfloat16 and float16
     run in the fused kernels with float32 accumulation, float64 in the reference formula. Contiguous
     and channels_last maps are both read as they are; the result has the memory format of ``x``.
-    On CUDA the 3x3 convolutions are cuDNN's, which repeats its bits only under
+    On CPUs the 3x3 convolutions are minimal filtering, as in :func:`dlkernels.ops.conv3x3`: what
+    is neither NaN nor infinite in PyTorch's sum may be NaN in the 2x2 tile of an output that is.
+    On CUDA they are cuDNN's, which repeats its bits only under
     ``torch.backends.cudnn.deterministic``.
     Under autocast the maps and convolutions are cast to the autocast dtype, the norms stay float32.
 

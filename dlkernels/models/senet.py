@@ -16,6 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dlkernels.conv3x3.modules import Conv2d
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
 
@@ -48,9 +49,9 @@ class BasicBlock(nn.Module):
         widths: Widths,
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(in_channels, planes, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.se = _squeeze_excite(planes)
         self.downsample = downsample
@@ -80,7 +81,7 @@ class Bottleneck(nn.Module):
         out_channels = planes * self.expansion
         self.conv1 = nn.Conv2d(in_channels, reduced, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(reduced)
-        self.conv2 = nn.Conv2d(reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False)
+        self.conv2 = Conv2d(reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False)
         self.bn2 = nn.BatchNorm2d(spatial)
         self.conv3 = nn.Conv2d(spatial, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -134,9 +135,9 @@ class SENet(nn.Module):
         if deep_stem:
             self.conv1 = nn.Conv2d(in_channels, 64, 3, 2, 1, bias=False)
             self.bn1 = nn.BatchNorm2d(64)
-            self.conv2 = nn.Conv2d(64, 64, 3, 1, 1, bias=False)
+            self.conv2 = Conv2d(64, 64, 3, 1, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(64)
-            self.conv3 = nn.Conv2d(64, 128, 3, 1, 1, bias=False)
+            self.conv3 = Conv2d(64, 128, 3, 1, 1, bias=False)
             self.bn3 = nn.BatchNorm2d(128)
             self.maxpool = nn.MaxPool2d(3, 2, ceil_mode=True)
         else:

@@ -13,6 +13,13 @@ from dlkernels.boxes.anchors import AnchorGrid
 CHANNELS = 16
 
 
+class Conv3x3(nn.Conv2d):
+    """A convolution that runs the op whether or not it pays."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.conv3x3(input, weight, bias)
+
+
 class ASFFOfOneMap(nn.Module):
     """ASFF of a map and of its averages over 2 x 2 and 4 x 4 pixels."""
 
@@ -27,6 +34,7 @@ class ASFFOfOneMap(nn.Module):
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "SqueezeExcite": lambda: dlkernels.nn.SqueezeExcite(CHANNELS, 4),
     "BatchNormAct2d": lambda: dlkernels.nn.BatchNormAct2d(CHANNELS, activation="silu"),
+    "Conv3x3": lambda: Conv3x3(CHANNELS, CHANNELS, 3, padding=1),
     "DepthwiseConvBNAct": lambda: dlkernels.nn.DepthwiseConvBNAct(CHANNELS, 3),
     "MBConv": lambda: dlkernels.nn.MBConv(CHANNELS, CHANNELS, 32, squeeze_channels=4),
     "DenseBlock": lambda: dlkernels.nn.DenseBlock(2, CHANNELS, 2, 4),

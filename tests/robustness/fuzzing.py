@@ -173,6 +173,23 @@ def batch_norm_act(draw):
 
 
 @st.composite
+def conv3x3(draw):
+    torch.manual_seed(draw(seeds))
+    dtype = draw(DTYPES)
+    padding = draw(st.sampled_from([0, 1, 2]))
+    extent = st.integers(max(1, 3 - 2 * padding), 12)
+    shape = (draw(st.integers(0, 3)), draw(channels), draw(extent), draw(extent))
+    out = draw(channels)
+    weight = torch.randn(out, shape[1], 3, 3) / (9 * shape[1]) ** 0.5
+    return {
+        "x": draw(maps(dtype, shape)),
+        "weight": draw(laid_out(weight.to(dtype))),
+        "bias": draw(st.none() | laid_out(torch.randn(out).to(dtype))),
+        "padding": padding,
+    }
+
+
+@st.composite
 def norms(draw, count: int, dtype: torch.dtype, given: bool, gradient=None, activation=None):
     return ops.Norm(
         draw(st.none() | values(count, dtype, gradient=gradient)),
@@ -477,6 +494,7 @@ ARGUMENTS = {
     for strategy in (
         squeeze_excite,
         batch_norm_act,
+        conv3x3,
         depthwise_conv_bn_act,
         mbconv_block,
         dense_block,
@@ -586,6 +604,8 @@ IN_ANY_ORDER = (
     "channel_statistics",
     "box_iou_loss",
 )
+# In these, what is not finite reaches more of the result than in the formula.
+IN_TILES = ("conv3x3",)
 
 OF_NUMBERS = [
     *(None, "1", [], math.nan, math.inf, -math.inf, 1e308, -1e-300, 0.5),
@@ -646,7 +666,7 @@ def replaced(value: Any, path: Path, new: Any) -> Any:
 def changes_of(value: Any, op: str) -> dict[str, Callable[[], Any]]:
     """What can stand in place of a value among an op's arguments."""
     if isinstance(value, Tensor):
-        impossible = WITHOUT_LIMIT if op in IN_ANY_ORDER else ()
+        impossible = WITHOUT_LIMIT if op in IN_ANY_ORDER else FLOATING if op in IN_TILES else ()
         impossible = impossible if value.is_floating_point() else FLOATING
         table = {name: OF_TENSORS[name] for name in OF_TENSORS if name not in impossible}
     elif isinstance(value, AnchorGrid):

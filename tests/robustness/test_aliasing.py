@@ -55,6 +55,10 @@ CALLS = {
     "batch_norm_act, mean is var": lambda x, m, v: (
         ops.batch_norm_act(x, v, v, v.detach().abs(), v.detach().abs(), activation="silu").out
     ),
+    "conv3x3, one weight for all taps": lambda x, m, v: ops.conv3x3(
+        x, m[:, :, None, None].expand(-1, -1, 3, 3), v
+    ),
+    "conv3x3, weight is x": lambda x, m, v: ops.conv3x3(x, x[..., 1:4, 2:5], padding=2),
     "depthwise_conv_bn_act, one norm": lambda x, m, v: depthwise(x, m, v).out,
     "depthwise_conv_bn_act, both results": lambda x, m, v: torch.cat(
         [part.flatten() for part in depthwise(x, m, v, pool=True)[:2]]

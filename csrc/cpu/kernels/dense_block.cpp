@@ -3,14 +3,11 @@
 #include <type_traits>
 
 #include "../transpose.h"
+#include "../winograd.h"
 
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
 namespace {
-
-DLKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
 
 // ---- matrix product -----------------------------------------------------
 
@@ -22,7 +19,6 @@ constexpr int kMaxRows = 6;
 #else
 constexpr int kMaxRows = 4;
 #endif
-constexpr int64_t kPanel = 2 * kVecSize;
 
 // c[row, column] (+)= sum_k a[row, k] * b[k * b_pitch + column], where element
 // (row, k) of a stands at row * kPitch + k, or when transposed at
@@ -133,173 +129,176 @@ void multiply(const Product& p) {
 
 // ---- weights ------------------------------------------------------------
 
-// Where the packed weights of one block of outputs, one block of inputs and
-// one tap begin.
-DLKERNELS_INLINE int64_t packed_offset(
-    int64_t taps,
-    int64_t inputs,
-    int64_t in,
-    int64_t depth,
-    int64_t tap,
-    int64_t out,
-    int64_t columns) {
-  return out * inputs * taps + (in * taps + tap * depth) * columns;
+// Where the packed weights of a block of outputs and a block of inputs begin.
+DLKERNELS_INLINE int64_t
+packed_offset(int64_t inputs, int64_t in, int64_t out, int64_t columns) {
+  return out * inputs + in * columns;
 }
 
-// Where the values of one input and one tap begin for the outputs from `out`
-// on, up to the end of the panel.
-DLKERNELS_INLINE int64_t packed_row(
-    int64_t taps,
-    int64_t inputs,
-    int64_t in,
-    int64_t tap,
-    int64_t outputs,
-    int64_t out) {
+// Where the values of one input begin for the outputs from `out` on, up to the
+// end of the panel.
+DLKERNELS_INLINE int64_t
+packed_row(int64_t inputs, int64_t in, int64_t outputs, int64_t out) {
   const int64_t block = out / kBlock * kBlock;
   const int64_t columns = padded_channels(smaller(kBlock, outputs - block));
   const int64_t panel = (out - block) / kPanel * kPanel;
   const int64_t in_block = in / kBlock * kBlock;
   const int64_t depth = smaller(kBlock, inputs - in_block);
-  return packed_offset(taps, inputs, in_block, depth, tap, block, columns) +
-         depth * panel + (in - in_block) * smaller(kPanel, columns - panel) +
+  return packed_offset(inputs, in_block, block, columns) + depth * panel +
+         (in - in_block) * smaller(kPanel, columns - panel) +
          (out - block - panel);
 }
 
-// From `size` neighbouring values of each of the outputs [begin, end), which
-// lie `step` apart: squares of outputs by values, transposed. place(i) is where
-// value i of the outputs from `out` on goes.
-template <typename T, typename Place>
-DLKERNELS_INLINE void pack_values(
-    const PackArgs& args,
-    const T* weight,
-    int64_t size,
-    int64_t begin,
-    int64_t end,
-    const Place& place) {
-  const int64_t step = args.kernel * args.kernel * args.in;
+// The matrix from inputs to outputs, for the outputs [begin, end): squares,
+// transposed.
+template <typename T>
+void pack_forward(
+    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
   for (int64_t out = begin; out < end; out += kVecSize) {
-    for_each_vec(size, [&](int64_t i, auto lanes) {
+    for_each_vec(args.in, [&](int64_t in, auto lanes) {
       Vec values[kVecSize];
       for (int64_t k = 0; k < kVecSize; ++k) {
         values[k] = out + k < args.out
-                        ? load(weight + (out + k) * step + i, lanes)
+                        ? load(weight + (out + k) * args.in + in, lanes)
                         : Vec{};
       }
       transpose(values);
-      const int64_t stop = smaller(kVecSize, size - i);
+      const int64_t stop = smaller(kVecSize, args.in - in);
       for (int64_t k = 0; k < stop; ++k) {
-        store(args.packed + place(i + k, out), values[k]);
+        store(
+            args.packed + packed_row(args.in, in + k, args.out, out),
+            values[k]);
       }
     });
   }
 }
 
-// The matrix from inputs to outputs, for the outputs [begin, end).
-template <int64_t kTaps, typename T>
-DLKERNELS_INLINE void pack_forward(
-    const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
-  if (!args.channels_last) {
-    const auto place = [&](int64_t i, int64_t out) {
-      return packed_row(kTaps, args.in, i / kTaps, i % kTaps, args.out, out);
-    };
-    pack_values(args, weight, args.in * kTaps, begin, end, place);
-    return;
-  }
-  for (int64_t tap = 0; tap < kTaps; ++tap) {
-    const auto place = [&](int64_t in, int64_t out) {
-      return packed_row(kTaps, args.in, in, tap, args.out, out);
-    };
-    pack_values(args, weight + tap * args.in, args.in, begin, end, place);
-  }
-}
-
-DLKERNELS_INLINE float value_of(const float* from) {
-  return *from;
-}
-
-template <typename T>
-DLKERNELS_INLINE float value_of(const T* from) {
-  return load_one(from);
-}
-
 // The same for the transposed matrix, whose columns are the inputs.
-template <int64_t kTaps, typename T>
-DLKERNELS_INLINE void pack_transposed(
+template <typename T>
+void pack_transposed(
     const PackArgs& args, const T* weight, int64_t begin, int64_t end) {
-  const int64_t stop = smaller(end, args.in);
-  const int64_t to_input = args.channels_last ? 1 : kTaps;
-  const int64_t to_tap = args.channels_last ? args.in : 1;
   for (int64_t out = 0; out < args.out; ++out) {
-    for (int64_t tap = 0; tap < kTaps; ++tap) {
-      const T* from =
-          weight + out * args.in * kTaps + begin * to_input + tap * to_tap;
-      float* to =
-          args.packed + packed_row(kTaps, args.out, out, tap, args.in, begin);
-      for (int64_t i = 0; i < end - begin; ++i) {
-        to[i] = begin + i < stop ? value_of(from + i * to_input) : 0.0f;
-      }
+    for (int64_t in = begin; in < end; in += kVecSize) {
+      const int64_t count = larger(0, smaller(kVecSize, args.in - in));
+      const Vec values = count == kVecSize
+                             ? load(weight + out * args.in + in)
+                             : load(weight + out * args.in + in, count);
+      store(args.packed + packed_row(args.out, out, args.in, in), values);
     }
   }
 }
 
-template <int64_t kTaps>
-void pack_taps(const PackArgs& args, int64_t begin, int64_t end) {
+void pack_matrix(const PackArgs& args, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto* tag) {
     const auto* weight =
         static_cast<decltype(tag)>(const_cast<void*>(args.weight));
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = group * kChannelGroup;
-      if (args.transposed) {
-        for (int64_t in = first; in < first + kChannelGroup; in += kVecSize) {
-          pack_transposed<kTaps>(args, weight, in, in + kVecSize);
-        }
-      } else {
-        pack_forward<kTaps>(args, weight, first, first + kChannelGroup);
+    args.transposed ? pack_transposed(args, weight, begin, end)
+                    : pack_forward(args, weight, begin, end);
+  });
+}
+
+// The elements of 3x3 kernels.
+void pack_elements(const PackArgs& args, int64_t begin, int64_t end) {
+  const PackConv3x3Args squares{
+      args.dtype,
+      args.channels_last,
+      args.transposed ? args.out : args.in,
+      args.transposed ? args.in : args.out,
+      args.transposed,
+      args.weight,
+      args.packed};
+  dispatch(args.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    for (int64_t out = begin; out < end; out += kVecSize) {
+      for (int64_t in = 0; in < squares.in_channels; in += kVecSize) {
+        pack_square<T>(squares, in, out);
       }
     }
   });
 }
 
 void pack(const PackArgs& args, int64_t begin, int64_t end) {
-  args.kernel == 1 ? pack_taps<1>(args, begin, end)
-                   : pack_taps<9>(args, begin, end);
+  begin *= kChannelGroup;
+  end *= kChannelGroup;
+  args.kernel == 1 ? pack_matrix(args, begin, end)
+                   : pack_elements(args, begin, end);
 }
 
-template <int64_t kTaps>
-void unpack_taps(const UnpackArgs& args, int64_t begin, int64_t end) {
+void unpack_matrix(const UnpackArgs& args, int64_t begin, int64_t end) {
   dispatch(args.dtype, [&](auto* tag) {
     auto* weight = static_cast<decltype(tag)>(args.weight);
     const int64_t columns = padded_channels(args.out);
-    const int64_t size = args.in * kTaps;
-    const auto sum_of_threads = [&](int64_t index, int64_t out) {
-      const int64_t row = index % kTaps * args.in + index / kTaps;
-      const float* from = args.partial + row * columns + out;
+    const auto sum_of_threads = [&](int64_t in, int64_t out) {
+      const float* from = args.partial + in * columns + out;
       Vec total = load(from);
       for (int64_t thread = 1; thread < args.threads; ++thread) {
-        total += load(from + thread * size * columns);
+        total += load(from + thread * args.in * columns);
       }
       return total;
     };
-    const int64_t stop = smaller(end * kChannelGroup, args.out);
-    for (int64_t out = begin * kChannelGroup; out < stop; out += kVecSize) {
+    for (int64_t out = begin; out < end; out += kVecSize) {
       const int64_t rows = smaller(kVecSize, args.out - out);
-      for_each_vec(size, [&](int64_t i, auto lanes) {
+      for_each_vec(args.in, [&](int64_t in, auto lanes) {
         Vec values[kVecSize];
         for (int64_t k = 0; k < kVecSize; ++k) {
-          values[k] = i + k < size ? sum_of_threads(i + k, out) : Vec{};
+          values[k] = in + k < args.in ? sum_of_threads(in + k, out) : Vec{};
         }
         transpose(values);
         for (int64_t k = 0; k < rows; ++k) {
-          store(weight + (out + k) * size + i, values[k], lanes);
+          store(weight + (out + k) * args.in + in, values[k], lanes);
         }
       });
     }
   });
 }
 
+// The gradients of the elements of 3x3 kernels: for each block of inputs
+// [panels, kElements, rows, kPanel].
+struct ElementGradients {
+  int64_t first;  // float
+  int64_t rows;
+  int64_t panel_step;
+};
+
+ElementGradients element_gradients(
+    int64_t in, int64_t inputs, int64_t outputs) {
+  const auto rows_of_block = [&](int64_t first) {
+    return rounded_up(smaller(kBlock, inputs - first), kChannelRows);
+  };
+  const int64_t block_size =
+      kElements * rows_of_block(0) * rounded_up(outputs, kPanel);
+  const int64_t rows = rows_of_block(in / kBlock * kBlock);
+  return {in / kBlock * block_size, rows, kElements * rows * kPanel};
+}
+
+void unpack_elements(const UnpackArgs& args, int64_t begin, int64_t end) {
+  const int64_t out_step = args.in * 9;
+  dispatch(args.dtype, [&](auto* tag) {
+    auto* weight = static_cast<decltype(tag)>(args.weight);
+    for (int64_t in = 0; in < args.in; in += kVecSize) {
+      const auto [first, rows, panel_step] =
+          element_gradients(in, args.in, args.out);
+      for (int64_t out = begin; out < end; out += kVecSize) {
+        unpack_square(
+            args.partial + first + out / kPanel * panel_step + out % kPanel +
+                in % kBlock * kPanel,
+            rows * kPanel,
+            args.threads,
+            gradient_size(3, args.in, args.out),
+            smaller(kVecSize, args.in - in),
+            smaller(kVecSize, end - out),
+            weight + out * out_step + in * 9,
+            out_step);
+      }
+    }
+  });
+}
+
 void unpack(const UnpackArgs& args, int64_t begin, int64_t end) {
-  args.kernel == 1 ? unpack_taps<1>(args, begin, end)
-                   : unpack_taps<9>(args, begin, end);
+  begin *= kChannelGroup;
+  end = smaller(end * kChannelGroup, args.out);
+  args.kernel == 1 ? unpack_matrix(args, begin, end)
+                   : unpack_elements(args, begin, end);
 }
 
 // ---- tiles --------------------------------------------------------------
@@ -336,13 +335,6 @@ struct Tile {
   }
   int64_t pixels() const {
     return tiling.halo == 0 ? count : count * tiling.grid.width;
-  }
-  // From a pixel to its neighbour under a tap of the kernel.
-  int64_t tap_offset(int64_t tap) const {
-    return tiling.halo == 0 ? 0 : (tap / 3 - 1) * pitch() + tap % 3 - 1;
-  }
-  int64_t taps() const {
-    return tiling.halo == 0 ? 1 : 9;
   }
 };
 
@@ -693,44 +685,199 @@ void keep_moments(
   block_moments(tile, block, count, means, means + channels);
 }
 
-void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
-  const int64_t length = tile_length(args.tiling);
-  float* activated = scratch;
-  float* results = scratch + length * kPitch;
-  for (int64_t index = begin; index < end; ++index) {
-    const Tile tile = tile_at(args.tiling, index);
-    for (int64_t in = 0; in < args.in.count; in += kBlock) {
-      const int64_t depth = smaller(kBlock, args.in.count - in);
-      load_normalised(args.in, args.norm, tile, in, depth, activated, nullptr);
-      for (int64_t out = 0; out < args.out.count; out += kBlock) {
-        const int64_t columns =
-            padded_channels(smaller(kBlock, args.out.count - out));
-        for (int64_t tap = 0; tap < tile.taps(); ++tap) {
-          const float* weight =
-              args.weight +
-              packed_offset(
-                  tile.taps(), args.in.count, in, depth, tap, out, columns);
-          multiply<false>(
-              {tile.span(),
-               depth,
-               columns,
-               activated + (tile.centre() + tile.tap_offset(tap)) * kPitch,
-               weight,
-               0,
-               results + out / kBlock * length * kPitch,
-               kPitch,
-               in > 0 || tap > 0});
-        }
+// ---- 3x3 kernels --------------------------------------------------------
+
+// Tiles of minimal filtering that are worked on together, in the second-level
+// cache.
+constexpr int64_t kFilterTiles = kMaxFilterTiles / kTileRows * kTileRows;
+
+// Calls body(row, column, first, count) for each stretch of the tiles of 2x2
+// outputs [begin, end) that lies in one row of them; `first` counts from begin.
+template <typename Body>
+DLKERNELS_INLINE void for_each_stretch(
+    const Tile& tile, int64_t begin, int64_t end, const Body& body) {
+  const int64_t columns = (tile.tiling.grid.width + 1) / 2;
+  for (int64_t i = begin; i < end;) {
+    const int64_t column = i % columns;
+    const int64_t count = smaller(columns - column, end - i);
+    body(i / columns, column, i - begin, count);
+    i += count;
+  }
+}
+
+// Calls body(begin, end) for groups of the tiles of 2x2 outputs of a tile.
+template <typename Body>
+DLKERNELS_INLINE void for_each_filter_group(
+    const Tile& tile, const Body& body) {
+  const int64_t columns = (tile.tiling.grid.width + 1) / 2;
+  const int64_t total = (tile.count + 1) / 2 * columns;
+  for (int64_t begin = 0; begin < total; begin += kFilterTiles) {
+    body(begin, smaller(begin + kFilterTiles, total));
+  }
+}
+
+// The elements of the tiles [begin, end) from a block of a tile.
+template <typename Transform>
+void transform_block(
+    const Tile& tile,
+    const float* block,
+    int64_t channels,
+    int64_t begin,
+    int64_t end,
+    const Elements& to) {
+  constexpr int64_t kMargin = Transform::kOverlap / 2;
+  const int64_t width = tile.tiling.grid.width;
+  Strip strip;
+  for (int64_t channel = 0; channel < channels; channel += kVecSize) {
+    for_each_stretch(
+        tile,
+        begin,
+        end,
+        [&](int64_t row, int64_t column, int64_t first, int64_t count) {
+          const int64_t x = 2 * column - kMargin;
+          Window<float, Transform::kRows> window;
+          window.columns = 2 * count + Transform::kOverlap;
+          window.begin = 0;
+          window.end = smaller(window.columns, width + kMargin - x);
+          for (int i = 0; i < Transform::kRows; ++i) {
+            const int64_t y = 2 * row - kMargin + i;
+            const int64_t position = tile.centre() + y * tile.pitch() + x;
+            window.rows[i] = y < tile.count + kMargin
+                                 ? block + position * kPitch + channel
+                                 : nullptr;
+          }
+          transform_pixels<Transform>(window, kPitch, Full{}, strip);
+          clear_columns(strip, window.end, window.columns);
+          transform_rows<Transform>(strip, to, first, count, channel);
+        });
+  }
+}
+
+// From a block of a tile with its halo to one without: to (+)= the convolution
+// with the packed elements of kernels from `inputs` channels, `depth` of them.
+void filter(
+    const Tile& tile,
+    const float* block,
+    int64_t depth,
+    const float* weight,
+    int64_t inputs,
+    int64_t columns,
+    float* to,
+    bool accumulate,
+    float* scratch) {
+  const int64_t width = tile.tiling.grid.width;
+  const Elements input = row_elements(scratch, kFilterTiles, depth);
+  const Elements products =
+      row_elements(scratch + input.size(), kFilterTiles, columns);
+  const auto put = [&](float* at, Vec value, auto lanes) {
+    store(at, accumulate ? load(at) + value : value, lanes);
+  };
+  for_each_filter_group(tile, [&](int64_t begin, int64_t end) {
+    transform_block<InputTransform>(tile, block, depth, begin, end, input);
+    multiply_elements(
+        input, end - begin, depth, weight, inputs, columns, products);
+    for (int64_t c = 0; c < columns; c += kVecSize) {
+      for_each_stretch(
+          tile,
+          begin,
+          end,
+          [&](int64_t row, int64_t column, int64_t first, int64_t count) {
+            const int64_t position = 2 * (row * tile.pitch() + column);
+            const Outputs<float> outputs{
+                to + position * kPitch + c,
+                smaller(2, tile.count - 2 * row),
+                smaller(2 * count, width - 2 * column),
+                tile.pitch() * kPitch};
+            const float* from = products.data + first * products.width + c;
+            write_pixels(outputs, kPitch, products, from, Vec{}, Full{}, put);
+          });
+    }
+  });
+}
+
+// Adds the gradient of the elements of kernels to `total`.
+void filter_gradient(
+    const Tile& tile,
+    const float* activated,
+    int64_t width,
+    const float* grad,
+    int64_t depth,
+    int64_t rows,
+    float* total,
+    float* scratch) {
+  const Elements input = slice_elements(scratch, kFilterTiles, width);
+  const Elements output =
+      panel_elements(scratch + input.size(), kFilterTiles, depth);
+  for_each_filter_group(tile, [&](int64_t begin, int64_t end) {
+    transform_block<InputTransform>(tile, activated, width, begin, end, input);
+    transform_block<OutputTransform>(tile, grad, depth, begin, end, output);
+    for (int64_t panel = 0; panel < output.groups; ++panel) {
+      for (int64_t e = 0; e < kElements; ++e) {
+        multiply_gradients(
+            input,
+            output,
+            e,
+            panel,
+            depth - panel * kPanel,
+            end - begin,
+            rows,
+            total + (panel * kElements + e) * rows * kPanel,
+            true);
       }
     }
-    for (int64_t out = 0; out < args.out.count; out += kBlock) {
-      const int64_t count = smaller(kBlock, args.out.count - out);
+  });
+}
+
+// ---- convolution --------------------------------------------------------
+
+void conv(const ConvArgs& args, float* scratch, int64_t begin, int64_t end) {
+  const int64_t length = tile_length(args.tiling);
+  const int64_t inputs = args.in.count;
+  const int64_t outputs = args.out.count;
+  float* activated = scratch;
+  float* results = scratch + length * kPitch;
+  float* rest = results + block_count(outputs) * length * kPitch;
+  for (int64_t index = begin; index < end; ++index) {
+    const Tile tile = tile_at(args.tiling, index);
+    for (int64_t in = 0; in < inputs; in += kBlock) {
+      const int64_t depth = smaller(kBlock, inputs - in);
+      load_normalised(args.in, args.norm, tile, in, depth, activated, nullptr);
+      for (int64_t out = 0; out < outputs; out += kBlock) {
+        const int64_t columns = padded_channels(smaller(kBlock, outputs - out));
+        float* to = results + out / kBlock * length * kPitch;
+        if (args.tiling.halo != 0) {
+          const float* weight =
+              args.weight + out * kElements * inputs + in * kPanel;
+          filter(
+              tile,
+              activated,
+              depth,
+              weight,
+              inputs,
+              columns,
+              to,
+              in > 0,
+              rest);
+          continue;
+        }
+        multiply<false>(
+            {tile.count,
+             depth,
+             columns,
+             activated,
+             args.weight + packed_offset(inputs, in, out, columns),
+             0,
+             to,
+             kPitch,
+             in > 0});
+      }
+    }
+    for (int64_t out = 0; out < outputs; out += kBlock) {
+      const int64_t count = smaller(kBlock, outputs - out);
       float* block = results + out / kBlock * length * kPitch;
-      apply_dropout(
-          args.dropout, args.out.count, tile, false, block, out, count);
+      apply_dropout(args.dropout, outputs, tile, false, block, out, count);
       write_block(args.out, tile, out, count, block);
-      keep_moments(
-          tile, block, index, args.out.count, out, count, args.moments);
+      keep_moments(tile, block, index, outputs, out, count, args.moments);
     }
   }
 }
@@ -785,6 +932,74 @@ void finish_backward(
   });
 }
 
+// The gradients of a block of inputs and the weights from there to a block of
+// outputs, for a 3x3 kernel.
+void filter_backward(
+    const ConvBackwardArgs& args,
+    const ConvGradients& gradients,
+    const Tile& tile,
+    int64_t in,
+    int64_t out,
+    const float* activated,
+    const float* grad,
+    float* grad_activated,
+    float* scratch) {
+  const int64_t inputs = args.in.count, outputs = args.grad_out.count;
+  const int64_t width = smaller(kBlock, inputs - in);
+  const int64_t depth = smaller(kBlock, outputs - out);
+  const auto [first, rows, panel_step] = element_gradients(in, inputs, outputs);
+  float* total = gradients.weight + first + out / kPanel * panel_step;
+  filter_gradient(tile, activated, width, grad, depth, rows, total, scratch);
+  const float* weight = args.weight + in * kElements * outputs + out * kPanel;
+  filter(
+      tile,
+      grad,
+      depth,
+      weight,
+      outputs,
+      padded_channels(width),
+      grad_activated,
+      out > 0,
+      scratch);
+}
+
+// The same for a 1x1 kernel and a number of pixels.
+void multiply_backward(
+    const ConvBackwardArgs& args,
+    const ConvGradients& gradients,
+    int64_t in,
+    int64_t out,
+    int64_t pixels,
+    const float* activated,
+    const float* grad,
+    float* grad_activated) {
+  const int64_t inputs = args.in.count, outputs = args.grad_out.count;
+  const int64_t padded_outputs = padded_channels(outputs);
+  const int64_t width = smaller(kBlock, inputs - in);
+  const int64_t depth = smaller(kBlock, outputs - out);
+  const int64_t columns = padded_channels(width);
+  multiply<true>(
+      {width,
+       pixels,
+       padded_channels(depth),
+       activated,
+       grad,
+       kPitch,
+       gradients.weight + in * padded_outputs + out,
+       padded_outputs,
+       true});
+  multiply<false>(
+      {pixels,
+       depth,
+       columns,
+       grad,
+       args.weight + packed_offset(outputs, out, in, columns),
+       0,
+       grad_activated,
+       kPitch,
+       out > 0});
+}
+
 void conv_backward(
     const ConvBackwardArgs& args,
     const ConvGradients& gradients,
@@ -794,14 +1009,13 @@ void conv_backward(
   const int64_t block_size = tile_length(args.tiling) * kPitch;
   const int64_t inputs = args.in.count;
   const int64_t outputs = args.grad_out.count;
-  const int64_t padded_outputs = padded_channels(outputs);
   float* activated = scratch;
   float* raw = scratch + block_size;
   float* grad_activated = scratch + 2 * block_size;
   float* grad = scratch + 3 * block_size;
+  float* rest = grad + block_count(outputs) * block_size;
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile = tile_at(args.tiling, index);
-    const int64_t taps = tile.taps();
     for (int64_t out = 0; out < outputs; out += kBlock) {
       const int64_t count = smaller(kBlock, outputs - out);
       float* block = grad + out / kBlock * block_size;
@@ -811,37 +1025,30 @@ void conv_backward(
     }
     for (int64_t in = 0; in < inputs; in += kBlock) {
       const int64_t width = smaller(kBlock, inputs - in);
-      const int64_t columns = padded_channels(width);
       load_normalised(args.in, args.norm, tile, in, width, activated, raw);
       for (int64_t out = 0; out < outputs; out += kBlock) {
-        const int64_t depth = smaller(kBlock, outputs - out);
         const float* block = grad + out / kBlock * block_size;
-        const float* centre = block + tile.centre() * kPitch;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t offset = tile.tap_offset(tap) * kPitch;
-          multiply<true>(
-              {width,
-               tile.span(),
-               padded_channels(depth),
-               activated + tile.centre() * kPitch + offset,
-               centre,
-               kPitch,
-               gradients.weight + (tap * inputs + in) * padded_outputs + out,
-               padded_outputs,
-               true});
-          const float* weight =
-              args.weight +
-              packed_offset(taps, outputs, out, depth, tap, in, columns);
-          multiply<false>(
-              {tile.span(),
-               depth,
-               columns,
-               centre - offset,
-               weight,
-               0,
-               grad_activated,
-               kPitch,
-               out > 0 || tap > 0});
+        if (args.tiling.halo != 0) {
+          filter_backward(
+              args,
+              gradients,
+              tile,
+              in,
+              out,
+              activated,
+              block,
+              grad_activated,
+              rest);
+        } else {
+          multiply_backward(
+              args,
+              gradients,
+              in,
+              out,
+              tile.count,
+              activated,
+              block,
+              grad_activated);
         }
       }
       finish_backward(

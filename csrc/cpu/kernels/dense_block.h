@@ -2,6 +2,7 @@
 
 #include "../../include/scalar_types.h"
 #include "../capability.h"
+#include "conv3x3.h"
 
 // The passes of dense_block: batch norm + ReLU + convolution from one slice of
 // channels to another, 1x1 or 3x3, stride 1 and zero padding, forward and
@@ -66,7 +67,8 @@ static inline Tiling tiling_of(const Grid& grid, int64_t kernel) {
     return {grid, 0, kPixels, 0, ceil_div(total, kPixels)};
   }
   const int64_t bands = ceil_div(grid.height * (grid.width + 1), 2 * kPixels);
-  const int64_t rows = ceil_div(grid.height, bands);
+  // Tiles of minimal filtering have two rows.
+  const int64_t rows = 2 * ceil_div(grid.height, 2 * bands);
   const int64_t used = ceil_div(grid.height, rows);
   return {grid, 1, rows, used, used * grid.samples};
 }
@@ -87,6 +89,13 @@ static inline int64_t pixels_of(const Tiling& tiling, int64_t tile) {
 // successive pixels fall into different sets of the cache.
 constexpr int64_t kBlock = 128;
 constexpr int64_t kPitch = kBlock + 16;
+
+// 3x3 convolutions are minimal filtering, see conv3x3.h. At most so many tiles
+// of 2x2 outputs are worked on together, and so many channels are one panel of
+// outputs, or rows of the gradient of a weight.
+constexpr int64_t kMaxFilterTiles = 30;
+constexpr int64_t kMaxPanel = 32;
+constexpr int64_t kMaxChannelRows = 8;
 
 static inline int64_t block_count(int64_t channels) {
   return (channels + kBlock - 1) / kBlock;
@@ -109,17 +118,30 @@ static inline int64_t padded_channels(int64_t channels) {
   return group_count(channels) * kChannelGroup;
 }
 
-// Floats of scratch memory for any pass from `in` to `out` channels.
+// Floats of scratch memory for any pass to `out` channels.
 static inline int64_t scratch_size(const Tiling& tiling, int64_t out) {
-  return tile_length(tiling) * kPitch * (block_count(out) + 3);
+  const int64_t blocks = tile_length(tiling) * kPitch * (block_count(out) + 3);
+  const int64_t elements = kElements * kMaxFilterTiles * 2 * kPitch;
+  return blocks + (tiling.halo == 0 ? 0 : elements);
 }
 
 static inline int64_t pool_scratch_size(const Grid& grid) {
   return 5 * grid.width * kPitch;
 }
 
+// A weight is packed as a matrix [in, out] of blocks if its kernel is 1x1, as
+// PackConv3x3Args has it if it is 3x3.
 static inline int64_t packed_size(int64_t kernel, int64_t in, int64_t out) {
-  return kernel * kernel * in * padded_channels(out);
+  return kernel == 1 ? in * padded_channels(out)
+                     : kElements * in * (out + kMaxPanel);
+}
+
+// Of a weight's gradient: [in, padded_channels(out)], or of the elements of
+// its kernels.
+static inline int64_t gradient_size(int64_t kernel, int64_t in, int64_t out) {
+  const int64_t rows = in + block_count(in) * kMaxChannelRows;
+  return kernel == 1 ? in * padded_channels(out)
+                     : kElements * rows * (out + kMaxPanel);
 }
 
 struct PackArgs {
@@ -135,7 +157,7 @@ struct PackArgs {
 };
 
 struct UnpackArgs {
-  const float* partial;  // [threads, kernel * kernel, in, padded_channels(out)]
+  const float* partial;  // [threads, gradient_size]
   int64_t threads;
   int64_t kernel;
   int64_t in;
@@ -174,7 +196,7 @@ struct ConvBackwardArgs {
 
 // What each thread sums over its tiles.
 struct ConvGradients {
-  float* weight;  // [kernel * kernel, in, padded_channels(out)]
+  float* weight;  // gradient_size
   float* sums;    // [2, in]: sum of grad_z and of grad_z * (x - mean)
 };
 

@@ -26,6 +26,7 @@ from dlkernels import ops
 from dlkernels.boxes.anchors import AnchorGrid
 from dlkernels.boxes.coding import centerness_targets, decode_deltas, encode_distances
 from dlkernels.checks import check_choice
+from dlkernels.conv3x3.modules import Conv2d
 from dlkernels.models.detection.backbone import Backbone
 from dlkernels.models.detection.detector import Detector, Size, Target
 from dlkernels.models.detection.distributed import shared_normaliser
@@ -260,7 +261,7 @@ class Head(nn.Module):
         super().__init__()
         self.class_branch = _branch(channels, stacked_convs)
         self.box_branch = _branch(channels, stacked_convs)
-        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.class_logits = Conv2d(channels, num_classes, 3, padding=1)
         self.box_deltas = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
         self.scales = nn.ParameterList(nn.Parameter(torch.tensor(1.0)) for _ in STRIDES)
@@ -287,7 +288,7 @@ def _branch(channels: int, convs: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for _ in range(convs):
         layers += [
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.GroupNorm(channels // 8, channels),
             nn.ReLU(inplace=True),
         ]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.batch_norm_act.op import batch_norm_act
+from dlkernels.conv3x3.modules import Conv2d, fits, padding_of, pays, weight_gradient_pays
+from dlkernels.conv3x3.op import conv3x3_gradients
 from dlkernels.memory_format import columns
 
 LEAKY_SLOPE = 0.1
@@ -90,47 +92,72 @@ class _Convolution(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(weight, *(tensors or (x,)))
-        ctx.geometry = list(conv.stride), list(conv.padding)
+        ctx.conv = conv
         ctx.options = options
         ctx.has_bias = bias is not None
-        return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+        return conv._conv_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         x = _computed_again(tensors, ctx.options) if ctx.options else tensors[0]
         grad = grad.to(x.dtype)
-        needs_x, *needs = ctx.needs_input_grad[:3]
-
-        def gradients(
-            grad: Tensor, x: Tensor, memory_format: torch.memory_format, *needs: bool
-        ) -> tuple[Tensor | None, ...]:
-            like = weight.to(x.dtype, memory_format=memory_format)
-            sizes = [weight.shape[0]] if ctx.has_bias else None
-            rest = [1, 1], False, [0, 0], 1, needs
-            return torch.ops.aten.convolution_backward(grad, x, like, sizes, *ctx.geometry, *rest)
-
-        if _contiguous_is_faster(weight, x):
-            like_x = x.new_empty(()).expand_as(x)
-            x = x.contiguous()
-            _, *found = gradients(grad.contiguous(), x, torch.contiguous_format, False, *needs)
-            del x  # before the input's gradient, which is as large, is made
-            needs = [needs_x, False, False]
-            grad_x, *_ = gradients(grad, like_x, torch.channels_last, *needs)
-        elif needs[0] and _is_matrix_product(weight, x, *ctx.geometry):
-            grad_x, _, grad_bias = gradients(
-                grad, x, torch.preserve_format, needs_x, False, needs[1]
-            )
-            found = [(columns(grad) @ columns(x).t()).view_as(weight), grad_bias]
-        else:
-            grad_x, *found = gradients(grad, x, torch.preserve_format, needs_x, *needs)
-        grads = (g if g is None else g.to(weight.dtype) for g in found)
-        return grad_x, *grads, None, None, *(None,) * (len(ctx.needs_input_grad) - 5)
+        grads = _gradients(ctx.conv, grad, x, weight, ctx.needs_input_grad[:3])
+        grad_x, *found = (
+            g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)
+        )
+        found = [g if g is None else g.to(weight.dtype) for g in found]
+        return grad_x, *found, None, None, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
-def _is_matrix_product(
-    weight: Tensor, x: Tensor, stride: Sequence[int], padding: Sequence[int]
-) -> bool:
+def _gradients(
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x, weight and bias, those that are needed."""
+    padding = padding_of(conv)
+    filtered = [
+        needs[0] and fits(conv) and pays(x, weight, padding),
+        needs[1] and fits(conv) and weight_gradient_pays(x, weight, padding),
+    ]
+    rest = [need and not done for need, done in zip(needs, [*filtered, False], strict=True)]
+    grads: list[Tensor | None] = [None] * 3
+    if any(rest):
+        grads = _torch_gradients(conv, grad, x, weight, rest)
+    if any(filtered):
+        found = conv3x3_gradients(grad, x, weight, padding, filtered)
+        for index in (0, 1):
+            grads[index] = found[index] if filtered[index] else grads[index]
+    return grads
+
+
+def _torch_gradients(
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same from PyTorch's convolutions."""
+    needs_x, *needs_rest = needs
+
+    def gradients(
+        grad: Tensor, x: Tensor, memory_format: torch.memory_format, *needs: bool
+    ) -> Sequence[Tensor | None]:
+        like = weight.to(x.dtype, memory_format=memory_format)
+        sizes = [weight.shape[0]]
+        geometry = list(conv.stride), list(conv.padding), [1, 1], False, [0, 0], 1
+        return torch.ops.aten.convolution_backward(grad, x, like, sizes, *geometry, needs)
+
+    if _contiguous_is_faster(weight, x):
+        like_x = x.new_empty(()).expand_as(x)
+        x = x.contiguous()
+        _, *found = gradients(grad.contiguous(), x, torch.contiguous_format, False, *needs_rest)
+        del x  # before the input's gradient, which is as large, is made
+        grad_x, *_ = gradients(grad, like_x, torch.channels_last, needs_x, False, False)
+        return [grad_x, *found]
+    if needs[1] and _is_matrix_product(weight, x, conv):
+        grad_x, _, grad_bias = gradients(grad, x, torch.preserve_format, needs_x, False, needs[2])
+        return [grad_x, (columns(grad) @ columns(x).t()).view_as(weight), grad_bias]
+    return list(gradients(grad, x, torch.preserve_format, *needs))
+
+
+def _is_matrix_product(weight: Tensor, x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether the weight's gradient is better a product of matrices than oneDNN's.
 
     Which is up to six times slower on small maps of many channels.
@@ -138,7 +165,7 @@ def _is_matrix_product(
     return (
         x.device.type == "cpu"
         and x.is_contiguous(memory_format=torch.channels_last)
-        and (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0)
+        and (*weight.shape[2:], *conv.stride, *conv.padding) == (1, 1, 1, 1, 0, 0)
     )
 
 
@@ -194,7 +221,7 @@ class ConvBlock(nn.Module):
         activation: str = "mish",
     ):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
         self.norm = BatchNormAct2d(out_channels, activation=activation, negative_slope=LEAKY_SLOPE)
 
     def forward(self, x: Maps, residual: Tensor | None = None) -> Maps:
