@@ -17,6 +17,7 @@ from tests.conv3x3 import cases as conv3x3
 from tests.dense_block import cases as dense_block
 from tests.mbconv import cases as mbconv
 from tests.numbers import DTYPES
+from tests.pyramid_pool import cases as pyramid
 from tests.squeeze_excite import cases as excite
 
 
@@ -37,6 +38,10 @@ def run_batch_norm_act(dtype):
 def run_conv3x3(dtype):
     leaves = conv3x3.as_leaves(conv3x3.make_tensors((2, 9, 7, 6), 5, dtype))
     return watch(ops.conv3x3)(*leaves, padding=2)
+
+
+def run_pyramid_pool(dtype):
+    return watch(ops.pyramid_pool)(pyramid.make_maps((2, 9, 7, 6), dtype).requires_grad_())
 
 
 def run_depthwise_conv_bn_act(dtype):

@@ -68,6 +68,13 @@ def run_asff_fuse(generator: torch.Generator) -> list[Tensor]:
     return [out.detach(), *(x.grad for x in inputs)]
 
 
+def run_pyramid_pool(generator: torch.Generator) -> list[Tensor]:
+    x = torch.randn(2, CHANNELS, 13, 9, generator=generator, requires_grad=True)
+    out = ops.pyramid_pool(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad]
+
+
 def random_boxes(*shape: int, generator: torch.Generator) -> Tensor:
     corners = 100 * torch.rand(*shape, 2, generator=generator)
     return torch.cat([corners, corners + 50 * torch.rand(*shape, 2, generator=generator)], -1)
@@ -100,6 +107,7 @@ def run_sigmoid_focal_loss(generator: torch.Generator) -> list[Tensor]:
 
 FUNCTIONS = {
     "asff_fuse": run_asff_fuse,
+    "pyramid_pool": run_pyramid_pool,
     "atss_assign": run_atss_assign,
     "max_iou_assign": run_max_iou_assign,
     "box_iou_loss": run_box_iou_loss,

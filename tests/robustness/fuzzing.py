@@ -406,6 +406,14 @@ def assignments(draw, only_grid: bool = False):
 
 
 @st.composite
+def pyramid_pool(draw):
+    torch.manual_seed(draw(seeds))
+    extent = st.integers(1, 20)
+    shape = (draw(st.integers(0, 3)), draw(channels), draw(extent), draw(extent))
+    return {"x": draw(maps(draw(DTYPES), shape))}
+
+
+@st.composite
 def atss_assign(draw):
     arguments = draw(assignments())
     images = len(arguments["gt_boxes"])
@@ -502,6 +510,7 @@ ARGUMENTS = {
         bn_relu_conv1x1,
         channel_statistics,
         asff_fuse,
+        pyramid_pool,
         atss_assign,
         max_iou_assign,
         fcos_assign,

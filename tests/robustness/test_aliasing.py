@@ -72,6 +72,10 @@ CALLS = {
     "asff_fuse, weighted by itself": lambda x, m, v: ops.asff_fuse(
         [x[:, :2], x[:, 1:3]], x[:, 1:3]
     ),
+    "pyramid_pool": lambda x, m, v: ops.pyramid_pool(x),
+    "pyramid_pool of its own result": lambda x, m, v: ops.pyramid_pool(
+        ops.pyramid_pool(x)[:, 8:24]
+    ),
     "box_iou_loss of a box with the next": lambda x, m, v: neighbours_loss(x),
     "sigmoid_focal_loss, targets of logits": lambda x, m, v: ops.sigmoid_focal_loss(
         x, x.detach().clamp(0, 1), weight=x.detach()[..., 0].abs()

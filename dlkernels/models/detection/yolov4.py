@@ -8,10 +8,7 @@ so that :func:`dlkernels.models.detection.darknet.load_weights` reads published 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlkernels.models.detection.conv_block import (
@@ -26,6 +23,7 @@ from dlkernels.models.detection.conv_block import (
 )
 from dlkernels.models.detection.post_processing import PostProcessing
 from dlkernels.models.detection.yolo_head import YOLO, Anchors, LossWeights
+from dlkernels.pyramid_pool.op import pyramid_pool
 
 ANCHORS = (
     ((12, 16), (19, 36), (40, 28)),
@@ -34,7 +32,6 @@ ANCHORS = (
 )
 SCALE_XY = (1.2, 1.1, 1.05)
 BLOCKS = (1, 2, 8, 8, 4)
-POOLS = (5, 9, 13)
 
 
 class YOLOv4(YOLO):
@@ -171,7 +168,7 @@ class PANet(nn.Module):
             return Output(width, detector.output_convolution(2 * width))
 
         self.before_pool = convs(2 * coarse, coarse, 3)
-        self.after_pool = convs((len(POOLS) + 1) * coarse, coarse, 3)
+        self.after_pool = convs(4 * coarse, coarse, 3)
         self.narrow_coarse = conv(coarse, middle)
         self.lateral_middle = conv(2 * middle, middle)
         self.up_middle = convs(2 * middle, middle, 5)
@@ -196,18 +193,3 @@ class PANet(nn.Module):
         middle = self.down_middle(concatenated(self.shrink_fine(fine), middle))
         coarse = self.down_coarse(concatenated(self.shrink_middle(middle), coarse))
         return [self.head_fine(fine), self.head_middle(middle), self.head_coarse(coarse)]
-
-
-def pyramid_pool(x: Tensor) -> Tensor:
-    """Maps and their maxima over windows of 13, 9 and 5 pixels, in this order before them.
-
-    A cascade: the maximum over 9 pixels is that over 5 of the maxima over 5, and so on, so that no
-    window has more than 5 x 5 pixels. Forward equals separate pools bit for bit. So does backward
-    where the maximum of a window is unique; where it is not, the gradient may go to another of the
-    equal pixels.
-    """
-    pooled = [x]
-    for size, last in pairwise((1, *POOLS)):
-        window = last - size + 1
-        pooled.append(F.max_pool2d(pooled[-1], window, 1, window // 2))
-    return torch.cat(pooled[::-1], 1)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import box_iou
 
 from dlkernels.models.detection import PostProcessing, YOLOv3ASFF, YOLOv4, conv_block
 from dlkernels.models.detection.conv_block import Maps, convolved
-from dlkernels.models.detection.yolov4 import pyramid_pool
 from tests.models.detection.decoding import check_decoding_exports_and_compiles
 from tests.models.detection.plain_yolo import PlainYOLOv3ASFF, PlainYOLOv4, plain_losses
 from tests.models.detection.test_atss import TARGETS, rectangles, targets_of
@@ -213,21 +211,6 @@ def test_it_learns_to_find_rectangles(detector):
         overlaps = box_iou(found["boxes"][confident], target["boxes"]) * same
         assert (overlaps > 0.5).any(0).all(), "every rectangle is found, with its label"
         assert (overlaps > 0.5).any(1).all(), "nothing else is found"
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_pyramid_pool_is_that_of_separate_windows(memory_format):
-    numbers = torch.randperm(2 * 8 * 13 * 17).view(2, 8, 13, 17).double()  # no two are equal
-    x = numbers.contiguous(memory_format=memory_format).requires_grad_()
-    pooled = [F.max_pool2d(x, size, 1, size // 2) for size in (13, 9, 5)]
-    expected, actual = torch.cat([*pooled, x], 1), pyramid_pool(x)
-    assert torch.equal(actual, expected)
-    weights = torch.randint(-9, 10, actual.shape).double()  # sums are exact
-    gradients = [torch.autograd.grad(out, x, weights)[0] for out in (actual, expected)]
-    assert torch.equal(*gradients)
-    x = torch.full((1, 1, 20, 20), 1.0)
-    x[0, 0, 3, 3] = torch.nan
-    assert torch.equal(pyramid_pool(x).isnan().sum((2, 3)), torch.tensor([[100, 64, 25, 1]]))
 
 
 @pytest.mark.parametrize("has_avx512", [True, False])
