@@ -12,6 +12,8 @@ from dlkernels.memory_format import empty_maps, new_maps
 from dlkernels.pyramid_pool import reference
 from dlkernels.watch import watched
 
+_TRITON = "dlkernels.pyramid_pool.triton"
+
 
 @watched
 def pyramid_pool(x: Tensor) -> Tensor:
@@ -52,8 +54,9 @@ def pyramid_pool(x: Tensor) -> Tensor:
         raise ValueError(
             f"x must have maps of at least 1 x 1, and one channel or more, but is {describe(x)}"
         )
-    run = _OP if backend.has_kernel("pyramid_pool", x) else reference.pyramid_pool
-    return run(x)
+    if backend.select("pyramid_pool", x) == "reference":
+        return reference.pyramid_pool(x)
+    return _OP(x)
 
 
 def _fake(x: Tensor) -> Tensor:
@@ -73,9 +76,9 @@ def _backward(ctx: Any, grad_out: Tensor) -> Tensor:
     return _BACKWARD_OP(grad_out, *ctx.saved_tensors)
 
 
-_OP = backend.define("pyramid_pool", "(Tensor x) -> Tensor", _fake)
+_OP = backend.define("pyramid_pool", "(Tensor x) -> Tensor", _fake, _TRITON)
 _BACKWARD_OP = backend.define(
-    "pyramid_pool_backward", "(Tensor grad_out, Tensor x) -> Tensor", _fake_backward
+    "pyramid_pool_backward", "(Tensor grad_out, Tensor x) -> Tensor", _fake_backward, _TRITON
 )
 backend.register_autograd("pyramid_pool", _backward, _setup_context)
 backend.refuse_double_backward("pyramid_pool_backward")
