@@ -4,6 +4,8 @@
 // of kernels, inputs and outputs, and the products between them. The formula
 // stands in kernels/conv3x3.h.
 
+#include <type_traits>
+
 #include "kernels/conv3x3.h"
 #include "transpose.h"
 #include "vec.h"
@@ -55,7 +57,8 @@ DLKERNELS_INLINE int64_t rounded_up(int64_t value, int64_t step) {
 // ---- product ------------------------------------------------------------
 
 // to[row, column] (+)= sum over k of a[row * row_step + k * k_step] *
-// b[k * kPanel + column], for the first vectors of a panel.
+// b[k * b_step + column]. The sum over k is complete before it is added, so
+// that long sums are summed in blocks.
 template <int kCount, int kVecs>
 DLKERNELS_INLINE void multiply_panel(
     int64_t depth,
@@ -63,6 +66,7 @@ DLKERNELS_INLINE void multiply_panel(
     int64_t row_step,
     int64_t k_step,
     const float* b,
+    int64_t b_step,
     float* to,
     int64_t to_pitch,
     bool accumulate) {
@@ -90,7 +94,7 @@ DLKERNELS_INLINE void multiply_panel(
       }
     }
     a += k_step;
-    b += kPanel;
+    b += b_step;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kCount; ++row) {
@@ -112,7 +116,7 @@ DLKERNELS_NOINLINE void multiply_tiles(
     int64_t to_pitch,
     bool accumulate) {
   multiply_panel<kTileRows, kVecs>(
-      depth, tiles, pitch, 1, weight, to, to_pitch, accumulate);
+      depth, tiles, pitch, 1, weight, kPanel, to, to_pitch, accumulate);
 }
 
 // For fewer tiles.
@@ -126,7 +130,7 @@ DLKERNELS_NOINLINE void multiply_few_tiles(
     int64_t to_pitch,
     bool accumulate) {
   multiply_panel<kChannelRows, kVecs>(
-      depth, tiles, pitch, 1, weight, to, to_pitch, accumulate);
+      depth, tiles, pitch, 1, weight, kPanel, to, to_pitch, accumulate);
 }
 
 // Sums over tiles, for some channels of a slice.
@@ -138,7 +142,7 @@ DLKERNELS_NOINLINE void multiply_channels(
     float* to,
     bool accumulate) {
   multiply_panel<kChannelRows, kVecs>(
-      tiles, slice, 1, kSlice, panel, to, kPanel, accumulate);
+      tiles, slice, 1, kSlice, panel, kPanel, to, kPanel, accumulate);
 }
 
 // ---- weights ------------------------------------------------------------
@@ -253,6 +257,19 @@ static void pack_square(const PackConv3x3Args& args, int64_t in, int64_t out) {
       store(to + (e * args.in_channels + in + i) * kPanel, elements[e]);
     }
   }
+}
+
+// The kernels to the output channels [begin, end), of whole vectors.
+DLKERNELS_INLINE void pack_kernels(
+    const PackConv3x3Args& args, int64_t begin, int64_t end) {
+  dispatch(args.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    for (int64_t out = begin; out < end; out += kVecSize) {
+      for (int64_t in = 0; in < args.in_channels; in += kVecSize) {
+        pack_square<T>(args, in, out);
+      }
+    }
+  });
 }
 
 // Gradients of kernels from those of their elements, of which there are

@@ -19,14 +19,7 @@ constexpr int64_t kBlockFloats = 1 << 18;
 constexpr int64_t kMaxTiles = 56;
 
 void pack(const PackConv3x3Args& args, int64_t begin, int64_t end) {
-  dispatch(args.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    for (int64_t out = begin * kPanel; out < end * kPanel; out += kVecSize) {
-      for (int64_t in = 0; in < args.in_channels; in += kVecSize) {
-        pack_square<T>(args, in, out);
-      }
-    }
-  });
+  pack_kernels(args, begin * kPanel, end * kPanel);
 }
 
 // ---- tiles --------------------------------------------------------------

@@ -10,9 +10,8 @@
 //
 // of the kernels g and the 4x4 inputs d. The sums are a matrix product of tiles
 // by channels for each of the 16 elements: 16 products where the plain sum
-// takes
-// 36. The gradient of x is such a convolution, too, with turned kernels; that
-// of the weight follows the same formula backward.
+// takes 36. The gradient of x is such a convolution, too, with turned kernels;
+// that of the weight follows the same formula backward.
 
 namespace dlkernels {
 

@@ -22,8 +22,7 @@ constexpr int kMaxRows = 4;
 
 // c[row, column] (+)= sum_k a[row, k] * b[k * b_pitch + column], where element
 // (row, k) of a stands at row * kPitch + k, or when transposed at
-// k * kPitch + row. The sum over k is complete before it is added to c, so that
-// long sums are summed in blocks.
+// k * kPitch + row.
 template <int kRows, int kVecs, bool kTransposed>
 void multiply_rows(
     int64_t depth,
@@ -33,40 +32,16 @@ void multiply_rows(
     float* c,
     int64_t c_pitch,
     bool accumulate) {
-  Vec total[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      total[row][v] = Vec{};
-    }
-  }
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec columns[kVecs];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      columns[v] = load(b + v * kVecSize);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      const Vec value = broadcast(a[kTransposed ? row : row * kPitch]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        total[row][v] += value * columns[v];
-      }
-    }
-    a += kTransposed ? kPitch : 1;
-    b += b_pitch;
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
-      float* at = c + row * c_pitch + v * kVecSize;
-      store(at, accumulate ? load(at) + total[row][v] : total[row][v]);
-    }
-  }
+  multiply_panel<kRows, kVecs>(
+      depth,
+      a,
+      kTransposed ? 1 : kPitch,
+      kTransposed ? kPitch : 1,
+      b,
+      b_pitch,
+      c,
+      c_pitch,
+      accumulate);
 }
 
 // Calls multiply_rows for a number of rows known only now.
@@ -199,7 +174,7 @@ void pack_matrix(const PackArgs& args, int64_t begin, int64_t end) {
 
 // The elements of 3x3 kernels.
 void pack_elements(const PackArgs& args, int64_t begin, int64_t end) {
-  const PackConv3x3Args squares{
+  const PackConv3x3Args kernels{
       args.dtype,
       args.channels_last,
       args.transposed ? args.out : args.in,
@@ -207,14 +182,7 @@ void pack_elements(const PackArgs& args, int64_t begin, int64_t end) {
       args.transposed,
       args.weight,
       args.packed};
-  dispatch(args.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
-    for (int64_t out = begin; out < end; out += kVecSize) {
-      for (int64_t in = 0; in < squares.in_channels; in += kVecSize) {
-        pack_square<T>(squares, in, out);
-      }
-    }
-  });
+  pack_kernels(kernels, begin, end);
 }
 
 void pack(const PackArgs& args, int64_t begin, int64_t end) {

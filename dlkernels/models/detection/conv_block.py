@@ -94,7 +94,6 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(weight, *(tensors or (x,)))
         ctx.conv = conv
         ctx.options = options
-        ctx.has_bias = bias is not None
         return conv._conv_forward(x, weight, bias)
 
     @staticmethod
