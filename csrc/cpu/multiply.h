@@ -81,31 +81,70 @@ DLKERNELS_INLINE void multiply(
   }
 }
 
-// out(row, value) for value[row] = sum over k of a(row, k) * b(k), k < depth;
-// a(row, k, lanes) and b(k, lanes) are vectors.
-template <typename A, typename B, typename Out>
-DLKERNELS_INLINE void multiply_vector(
-    int64_t rows, int64_t depth, const A& a, const B& b, const Out& out) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    Vec total[4] = {};
-    for_each_vec(depth, [&](int64_t k, auto lanes) {
-      const Vec right = b(k, lanes);
-      for (int64_t r = 0; r < 4; ++r) {
-        total[r] += a(row + r, k, lanes) * right;
+// The tile of multiply_transposed with kRows rows and kColumns columns.
+template <int64_t kRows, int64_t kColumns, typename A, typename B, typename Out>
+DLKERNELS_INLINE void multiply_transposed_tile(
+    int64_t row,
+    int64_t column,
+    int64_t depth,
+    const A& a,
+    const B& b,
+    const Out& out) {
+  Vec total[kRows][kColumns] = {};
+  for_each_vec(depth, [&](int64_t k, auto lanes) {
+    Vec right[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c) {
+      right[c] = b(column + c, k, lanes);
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      const Vec left = a(row + r, k, lanes);
+      for (int64_t c = 0; c < kColumns; ++c) {
+        total[r][c] += left * right[c];
       }
-    });
-    const Quad sums = sums_of(total[0], total[1], total[2], total[3]);
-    for (int64_t r = 0; r < 4; ++r) {
-      out(row + r, sums[r]);
+    }
+  });
+  for (int64_t r = 0; r < kRows; ++r) {
+    const Vec* of = total[r];
+    if constexpr (kColumns == 4) {
+      const Quad sums = sums_of(of[0], of[1], of[2], of[3]);
+      for (int64_t c = 0; c < 4; ++c) {
+        out(row + r, column + c, sums[c]);
+      }
+    } else {
+      for (int64_t c = 0; c < kColumns; ++c) {
+        out(row + r, column + c, sum(of[c]));
+      }
     }
   }
-  for (; row < rows; ++row) {
-    Vec total{};
-    for_each_vec(depth, [&](int64_t k, auto lanes) {
-      total += a(row, k, lanes) * b(k, lanes);
-    });
-    out(row, sum(total));
+}
+
+// out(row, column, value) for each
+// value[row, column] = sum over k of a(row, k) * b(column, k), k < depth;
+// a(row, k, lanes) and b(column, k, lanes) are vectors.
+template <typename A, typename B, typename Out>
+DLKERNELS_INLINE void multiply_transposed(
+    int64_t rows,
+    int64_t columns,
+    int64_t depth,
+    const A& a,
+    const B& b,
+    const Out& out) {
+  const auto strip = [&](auto width, int64_t column) {
+    constexpr int64_t kColumns = decltype(width)::value;
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) {
+      multiply_transposed_tile<4, kColumns>(row, column, depth, a, b, out);
+    }
+    for (; row < rows; ++row) {
+      multiply_transposed_tile<1, kColumns>(row, column, depth, a, b, out);
+    }
+  };
+  int64_t column = 0;
+  for (; column + 4 <= columns; column += 4) {
+    strip(Constant<4>{}, column);
+  }
+  for (; column < columns; ++column) {
+    strip(Constant<1>{}, column);
   }
 }
 

@@ -252,23 +252,21 @@ void linear(const LinearArgs& args, int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLinearBlock;
       const int64_t size = block_size(args.out_features, first);
-      for (int64_t m = 0; m < args.rows; ++m) {
-        float* out = args.out + m * args.out_features;
-        multiply_vector(
-            size,
-            depth,
-            [&](int64_t j, int64_t k, auto lanes) {
-              return load(weight + (first + j) * depth + k, lanes);
-            },
-            [&](int64_t k, auto lanes) {
-              return load(args.in + m * depth + k, lanes);
-            },
-            [&](int64_t j, float dot) {
-              const float offset =
-                  bias == nullptr ? 0.0f : load_one(bias + first + j);
-              out[first + j] = dot + offset;
-            });
-      }
+      multiply_transposed(
+          args.rows,
+          size,
+          depth,
+          [&](int64_t m, int64_t k, auto lanes) {
+            return load(args.in + m * depth + k, lanes);
+          },
+          [&](int64_t j, int64_t k, auto lanes) {
+            return load(weight + (first + j) * depth + k, lanes);
+          },
+          [&](int64_t m, int64_t j, float dot) {
+            const float offset =
+                bias == nullptr ? 0.0f : load_one(bias + first + j);
+            args.out[m * args.out_features + first + j] = dot + offset;
+          });
     }
   });
 }
