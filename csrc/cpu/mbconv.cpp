@@ -266,7 +266,9 @@ depthwise_conv_bn_act_backward(
         partial.const_data_ptr<float>(),
         grad_weight.mutable_data_ptr<float>());
     if (has_input_norm) {
-      pre.reduce_gradients_channels_last();
+      pre.combine_sample_sums();
+      // What lies in grad_x has come through the activation.
+      pre.args.activation = Nonlinearity::Identity;
       pre.run(batch_norm_act_kernels().input_gradient, pre.blocks());
     }
   }

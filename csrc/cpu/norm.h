@@ -144,6 +144,15 @@ class Norm {
     run(kernels.combine_gradients, args.channels);
   }
 
+  // The same gradients and terms from sums over each sample, which stand in
+  // args.partial, [samples, 2, channels].
+  void combine_sample_sums() const {
+    BatchNormActArgs samples = args;
+    samples.rows_per_block = args.area;
+    samples.blocks_per_sample = 1;
+    batch_norm_act_kernels().combine_gradients(samples, 0, args.channels);
+  }
+
   Tensor mean;
   Tensor var;
   BatchNormActArgs args{};

@@ -694,7 +694,38 @@ Band completed_rows(const DepthwiseShape& shape, int64_t begin, int64_t end) {
   return {row_of(begin), row_of(end) - row_of(begin)};
 }
 
-// Writes rows of the input's gradient.
+// Writes a row of the gradient of the norm before the convolution, from that of
+// the activation after it, and adds it to the sums that the norm's gradients
+// take.
+template <typename T, typename Act, typename Lanes>
+DLKERNELS_NOINLINE void write_norm_gradient(
+    const Args& args,
+    const Act& act,
+    const float* row,
+    int64_t first,
+    const Part<Lanes>& part) {
+  const int64_t channels = args.shape.channels;
+  const T* x = static_cast<const T*>(args.pre.x) + first;
+  T* grad_x = static_cast<T*>(args.pre.grad_x) + first;
+  const ChannelsNorm norm(args.pre, part.c, part.lanes);
+  VecPair total{};
+  for (int64_t i = 0; i < args.shape.width; ++i) {
+    const Vec value = load(x, part.lanes);
+    const Vec grad = load(row) * act.slope(norm(value));
+    store(grad_x, grad, part.lanes);
+    total.first += grad;
+    total.second += grad * (value - norm.mean);
+    x += channels;
+    grad_x += channels;
+    row += kGroup;
+  }
+  float* sums = args.pre.partial + 2 * part.sample * channels + part.c;
+  store(sums, load(sums, part.lanes) + total.first, part.lanes);
+  sums += channels;
+  store(sums, load(sums, part.lanes) + total.second, part.lanes);
+}
+
+// Writes rows of the gradient of the input, or of the norm before it.
 template <typename T, typename Lanes>
 void write_input_gradient(
     const Args& args,
@@ -703,17 +734,20 @@ void write_input_gradient(
     const Part<Lanes>& part,
     const Band& rows) {
   const DepthwiseShape& shape = args.shape;
-  T* grad_x = static_cast<T*>(args.pre.grad_x) + part.c;
+  const int64_t pitch = shape.width * shape.channels;
   for (int64_t y = rows.first; y < rows.end(); ++y) {
+    const int64_t first = (part.sample * shape.height + y) * pitch + part.c;
     convolution.input_gradient_of_row(
         shape, scratch.grad, scratch.turned, y, scratch.row);
-    store_row(
-        scratch.row,
-        shape.width,
-        shape.channels,
-        grad_x +
-            (part.sample * shape.height + y) * shape.width * shape.channels,
-        part.lanes);
+    if (!args.has_pre) {
+      T* grad_x = static_cast<T*>(args.pre.grad_x) + first;
+      store_row(scratch.row, shape.width, shape.channels, grad_x, part.lanes);
+      continue;
+    }
+    with_nonlinearity(
+        args.pre.activation, args.pre.negative_slope, [&](auto act) {
+          write_norm_gradient<T>(args, act, scratch.row, first, part);
+        });
   }
 }
 
@@ -758,6 +792,15 @@ void convolve_band_backward(
   }
 }
 
+void clear_sums(const Args& args, const Group& group) {
+  const int64_t channels = args.shape.channels;
+  float* sums = args.pre.partial + 2 * group.sample * channels + group.channel;
+  for_each_part(args.shape, group, [&](int64_t first, auto lanes) {
+    store(sums + first, Vec{}, lanes);
+    store(sums + channels + first, Vec{}, lanes);
+  });
+}
+
 void convolve_last_backward(
     const Args& args, float* memory, int64_t begin, int64_t end) {
   const DepthwiseShape& shape = args.shape;
@@ -780,6 +823,9 @@ void convolve_last_backward(
       grad_weight[i] = 0.0f;
     }
     const Group group = group_of(shape, item);
+    if (args.has_pre) {
+      clear_sums(args, group);
+    }
     convolution.turn_taps(weights_of(args, group), scratch.turned);
     for_each_filled_part(args, scratch, group, convolve);
   }

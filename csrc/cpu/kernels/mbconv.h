@@ -69,8 +69,10 @@ struct MbconvKernels {
       const MbconvArgs&, float* scratch, int64_t begin, int64_t end);
 
   // channels_last maps; an item is a group of one sample. raw from x, and
-  // from the gradient of post's output, whose terms stand in post.partial, the
-  // gradient of pre's output, in pre.grad_x, and grad_weight.
+  // from the gradient of post's output, whose terms stand in post.partial,
+  // grad_weight and, in pre.grad_x, the gradient of pre's norm, before its
+  // activation. Its sums over each sample, [samples, 2, channels], are left in
+  // pre.partial; without pre there are none.
   void (*convolve_last)(
       const MbconvArgs&, float* scratch, int64_t begin, int64_t end);
   void (*convolve_last_backward)(
