@@ -11,6 +11,7 @@ from dlkernels.dense_block.slices import bn_relu_conv1x1, channel_statistics
 from dlkernels.dense_block.transition import transition
 from dlkernels.mbconv.block import ConvNorm, Excitation, mbconv_block
 from dlkernels.mbconv.op import Norm, depthwise_conv_bn_act
+from dlkernels.pointwise_conv.op import Source, pointwise_conv
 from dlkernels.pyramid_pool.op import pyramid_pool
 from dlkernels.squeeze_excite.op import squeeze_excite
 
@@ -19,6 +20,7 @@ __all__ = [
     "Excitation",
     "Norm",
     "NormConv",
+    "Source",
     "asff_fuse",
     "atss_assign",
     "batch_norm_act",
@@ -31,6 +33,7 @@ __all__ = [
     "fcos_assign",
     "max_iou_assign",
     "mbconv_block",
+    "pointwise_conv",
     "pyramid_pool",
     "sigmoid_focal_loss",
     "squeeze_excite",

@@ -15,7 +15,7 @@ from native_build import COMMON_FLAGS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dlkernels"
 FAMILIES = sorted(path.parent.name for path in PACKAGE.glob("*/reference.py"))
-SHARED = {"batch_norm_act", "boxes"}
+SHARED = {"batch_norm_act", "boxes", "pointwise_conv"}
 
 
 def imports(path: Path) -> set[str]:

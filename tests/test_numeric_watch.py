@@ -17,6 +17,7 @@ from tests.conv3x3 import cases as conv3x3
 from tests.dense_block import cases as dense_block
 from tests.mbconv import cases as mbconv
 from tests.numbers import DTYPES
+from tests.pointwise_conv import cases as pointwise
 from tests.pyramid_pool import cases as pyramid
 from tests.squeeze_excite import cases as excite
 
@@ -38,6 +39,12 @@ def run_batch_norm_act(dtype):
 def run_conv3x3(dtype):
     leaves = conv3x3.as_leaves(conv3x3.make_tensors((2, 9, 7, 6), 5, dtype))
     return watch(ops.conv3x3)(*leaves, padding=2)
+
+
+def run_pointwise_conv(dtype):
+    raw, weight, gate = pointwise.make_tensors((2, 9, 7, 6), 5, dtype)
+    source, x = pointwise.make_source(raw)
+    return watch(ops.pointwise_conv)(*pointwise.as_leaves([x, weight, gate]), source)
 
 
 def run_pyramid_pool(dtype):
@@ -104,8 +111,8 @@ RUNS = {name.removeprefix("run_"): run for name, run in globals().items() if "ru
 
 
 def test_every_op_with_kernels_is_here():
-    no_kernels = {"Norm", "NormConv", "ConvNorm", "Excitation", "yolo_assign", "fcos_assign"}
-    assert set(RUNS) == set(ops.__all__) - no_kernels
+    tuples = {"Norm", "NormConv", "ConvNorm", "Excitation", "Source"}
+    assert set(RUNS) == set(ops.__all__) - tuples - {"yolo_assign", "fcos_assign"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

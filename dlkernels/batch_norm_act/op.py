@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dlkernels import backend
 from dlkernels.batch_norm_act import reference
+from dlkernels.batch_norm_act.reference import Norm
 from dlkernels.checks import (
     check_choice,
     check_constant,
@@ -186,6 +187,17 @@ def check_eps(name: str, eps: Any, training: bool) -> None:
     if not (0 < eps < math.inf or (eps == 0 and not training)):
         needed = "above 0 with batch statistics" if training else "at least 0"
         raise ValueError(f"{name} must be finite and {needed}, but is {eps}")
+
+
+def check_norm(name: str, norm: Any, x: Tensor, channels: int) -> None:
+    """Checks the norm of maps with that many channels, of the dtype and on the device of ``x``."""
+    if not isinstance(norm, Norm):
+        raise TypeError(f"{name} must be a Norm, but is {type(norm).__name__}")
+    check_channel_values(f"{name}.weight", norm.weight, x, channels)
+    check_channel_values(f"{name}.bias", norm.bias, x, channels)
+    check_statistics(f"{name}.", norm.mean, norm.var, x, channels)
+    check_eps(f"{name}.eps", norm.eps, training=norm.mean is None)
+    check_choice(f"{name}.activation", norm.activation, reference.NORM_ACTIVATIONS)
 
 
 def check_batch(x: Tensor) -> None:

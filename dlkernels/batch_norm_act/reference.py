@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,29 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
     "mish": F.mish,
 }
+# Those that need no parameter.
+NORM_ACTIVATIONS = [name for name in ACTIVATIONS if name != "leaky_relu"]
+
+
+class Norm(NamedTuple):
+    """A batch norm and the activation after it.
+
+    Attributes:
+        weight: [C] or None for ones.
+        bias: [C] or None for zeros.
+        mean: [C], a constant; None, and ``var`` too, for the statistics of the batch.
+        var: [C].
+        eps: added to the variance.
+        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or
+            ``"mish"``.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    eps: float = 1e-5
+    activation: str = "identity"
 
 
 def activate(x: Tensor, activation: str, negative_slope: float) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dlkernels import backend
-from dlkernels.batch_norm_act.op import as_float
+from dlkernels.batch_norm_act.op import as_float, check_norm
 from dlkernels.checks import check_choice, check_flag, check_maps, check_tensor, describe
 from dlkernels.mbconv import reference
-from dlkernels.mbconv.op import check_geometry, check_norm, sides_of
+from dlkernels.mbconv.op import check_geometry, sides_of
 from dlkernels.mbconv.reference import ConvNorm, Excitation
 from dlkernels.memory_format import new_maps
 from dlkernels.watch import watched

@@ -21,8 +21,8 @@ from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
 from dlkernels.mbconv.block import GATES, SQUEEZE_ACTIVATIONS, run_kernel
 from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
-from dlkernels.mbconv.pointwise import Projection, pointwise
 from dlkernels.mbconv.reference import ACTIVATIONS, ConvNorm, Excitation, Norm
+from dlkernels.pointwise_conv.op import Source, pointwise_conv
 
 SAME = "same"
 
@@ -329,7 +329,7 @@ class MBConv(nn.Module):
         hidden = x
         before = None
         if "expand" in self.names:
-            hidden = pointwise(x, _matrix(self.part("expand"), x))
+            hidden = pointwise_conv(x, _matrix(self.part("expand"), x))
             before = norm_arguments(self.part("expand_norm"), self.activation)
         convolved = self._convolve(hidden, before)
         projected = self._project(convolved)
@@ -343,12 +343,12 @@ class MBConv(nn.Module):
         """The block layer by layer, for norms that take their statistics from all processes."""
         hidden = x
         if "expand" in self.names:
-            raw = pointwise(x, _matrix(self.part("expand"), x))
+            raw = pointwise_conv(x, _matrix(self.part("expand"), x))
             hidden = activate(apply_norm(self.part("expand_norm"), raw), self.activation, 0.0)
         raw = _plain_depthwise(self.part("depthwise"), hidden, self.same_padding)
         hidden = activate(apply_norm(self.part("depthwise_norm"), raw), self.activation, 0.0)
         gate = self._gate(hidden.mean((2, 3)), x)
-        projected = pointwise(hidden, _matrix(self.part("project"), x), gate)
+        projected = pointwise_conv(hidden, _matrix(self.part("project"), x), gate)
         out = apply_norm(self.part("project_norm"), projected)
         scale = self._sample_scale(x)
         if scale is not None:
@@ -441,12 +441,12 @@ class MBConv(nn.Module):
         gate = self._gate(convolved.pooled, x)
         weight = _matrix(self.part("project"), x)
         if convolved.raw is None or not torch.is_grad_enabled():
-            return pointwise(x, weight, gate)
+            return pointwise_conv(x, weight, gate)
         norm = self.part("depthwise_norm")
         recipe = Norm(
             norm.weight, norm.bias, convolved.mean, convolved.var, norm.eps, self.activation
         )
-        return Projection.apply(x, weight, gate, convolved.raw, recipe)
+        return pointwise_conv(x, weight, gate, Source(convolved.raw, recipe))
 
     def _gate(self, pooled: Tensor | None, x: Tensor) -> Tensor | None:
         excitation = self._excitation()

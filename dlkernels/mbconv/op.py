@@ -12,12 +12,10 @@ from dlkernels import backend
 from dlkernels.batch_norm_act.op import (
     as_float,
     check_batch,
-    check_channel_values,
-    check_eps,
-    check_statistics,
+    check_norm,
 )
+from dlkernels.batch_norm_act.reference import Norm
 from dlkernels.checks import (
-    check_choice,
     check_flag,
     check_integer,
     check_maps,
@@ -25,7 +23,6 @@ from dlkernels.checks import (
     describe,
 )
 from dlkernels.mbconv import reference
-from dlkernels.mbconv.reference import Norm
 from dlkernels.memory_format import memory_format_of
 from dlkernels.watch import watched
 
@@ -210,17 +207,6 @@ def _output_shape(
     out_height = (height + top + bottom - size) // stride + 1
     out_width = (width + left + right - size) // stride + 1
     return samples, channels, out_height, out_width
-
-
-def check_norm(name: str, norm: Any, x: Tensor, channels: int) -> None:
-    """Checks the norm of maps with that many channels, of the dtype and on the device of ``x``."""
-    if not isinstance(norm, Norm):
-        raise TypeError(f"{name} must be a Norm, but is {type(norm).__name__}")
-    check_channel_values(f"{name}.weight", norm.weight, x, channels)
-    check_channel_values(f"{name}.bias", norm.bias, x, channels)
-    check_statistics(f"{name}.", norm.mean, norm.var, x, channels)
-    check_eps(f"{name}.eps", norm.eps, training=norm.mean is None)
-    check_choice(f"{name}.activation", norm.activation, reference.ACTIVATIONS)
 
 
 def _fake(

@@ -8,29 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dlkernels.batch_norm_act import reference as batch_norm_act
+from dlkernels.batch_norm_act.reference import NORM_ACTIVATIONS, Norm
 
-ACTIVATIONS = [name for name in batch_norm_act.ACTIVATIONS if name != "leaky_relu"]
-
-
-class Norm(NamedTuple):
-    """A batch norm and the activation after it.
-
-    Attributes:
-        weight: [C] or None for ones.
-        bias: [C] or None for zeros.
-        mean: [C], a constant; None, and ``var`` too, for the statistics of the batch.
-        var: [C].
-        eps: added to the variance.
-        activation: ``"identity"``, ``"relu"``, ``"relu6"``, ``"silu"``, ``"hardswish"`` or
-            ``"mish"``.
-    """
-
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    eps: float = 1e-5
-    activation: str = "identity"
+ACTIVATIONS = NORM_ACTIVATIONS
 
 
 class ConvNorm(NamedTuple):

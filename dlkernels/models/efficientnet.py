@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dlkernels.batch_norm_act.modules import BatchNormAct2d
 from dlkernels.mbconv.modules import MBConv
-from dlkernels.mbconv.pointwise import pointwise
+from dlkernels.pointwise_conv.op import pointwise_conv
 
 ALPHA, BETA, GAMMA = 1.2, 1.1, 1.15
 BASE_RESOLUTION = 224
@@ -176,7 +176,7 @@ class EfficientNet(nn.Module):
         conv, norm = self.features[-1].children()
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, BatchNormAct2d)
-        raw = pointwise(x, conv.weight.flatten(1).to(x.dtype))
+        raw = pointwise_conv(x, conv.weight.flatten(1).to(x.dtype))
         return self.classifier(norm.pooled(raw)[1])
 
 

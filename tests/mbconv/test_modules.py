@@ -181,6 +181,14 @@ def test_compile_without_graph_breaks():
     assert relative_error(torch.compile(block, fullgraph=True)(x), expected) < 1e-5
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_in_float64(training):
+    block = randomized(dlkernels.nn.MBConv(3, 3, 4, squeeze_channels=2)).double().train(training)
+    x = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(block, (x,))
+    assert torch.autograd.gradgradcheck(block, (x,))
+
+
 def test_depthwise_conv_bn_act():
     theirs = Conv2dNormActivation(16, 16, 5, 2, groups=16, activation_layer=nn.Hardswish)
     mine = dlkernels.nn.DepthwiseConvBNAct(16, 5, 2, activation="hardswish")

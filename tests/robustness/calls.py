@@ -68,6 +68,20 @@ def run_asff_fuse(generator: torch.Generator) -> list[Tensor]:
     return [out.detach(), *(x.grad for x in inputs)]
 
 
+def run_pointwise_conv(generator: torch.Generator) -> list[Tensor]:
+    raw = torch.randn(2, CHANNELS, 12, 12, generator=generator)
+    norm = ops.Norm(mean=torch.zeros(CHANNELS), var=torch.ones(CHANNELS), activation="silu")
+    made = ops.batch_norm_act(raw, *norm[:4], eps=norm.eps, activation=norm.activation).out
+    x, weight, gate = inputs = [
+        made.requires_grad_(),
+        torch.randn(24, CHANNELS, generator=generator, requires_grad=True),
+        torch.rand(2, CHANNELS, generator=generator, requires_grad=True),
+    ]
+    out = ops.pointwise_conv(x, weight, gate, ops.Source(raw, norm))
+    out.square().sum().backward()
+    return [out.detach(), *(tensor.grad for tensor in inputs)]
+
+
 def run_pyramid_pool(generator: torch.Generator) -> list[Tensor]:
     x = torch.randn(2, CHANNELS, 13, 9, generator=generator, requires_grad=True)
     out = ops.pyramid_pool(x)
@@ -107,6 +121,7 @@ def run_sigmoid_focal_loss(generator: torch.Generator) -> list[Tensor]:
 
 FUNCTIONS = {
     "asff_fuse": run_asff_fuse,
+    "pointwise_conv": run_pointwise_conv,
     "pyramid_pool": run_pyramid_pool,
     "atss_assign": run_atss_assign,
     "max_iou_assign": run_max_iou_assign,

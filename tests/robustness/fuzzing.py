@@ -227,6 +227,32 @@ def depthwise_conv_bn_act(draw):
 
 
 @st.composite
+def sources(draw, dtype: torch.dtype, shape: tuple[int, ...]):
+    """A source of maps of that shape, and what it gives."""
+    raw = draw(laid_out((1.5 * torch.randn(shape)).to(dtype)))
+    norm = draw(norms(shape[1], dtype, True))
+    made = ops.batch_norm_act(raw, *norm[:4], eps=norm.eps, activation=norm.activation).out
+    return ops.Source(raw, norm), draw(laid_out(made))
+
+
+@st.composite
+def pointwise_conv(draw):
+    torch.manual_seed(draw(seeds))
+    dtype = draw(DTYPES)
+    shape = (draw(st.integers(0, 3)), draw(channels), draw(st.integers(1, 20)), draw(small))
+    out = draw(channels)
+    source, x = draw(sources(dtype, shape)) if draw(flag) else (None, draw(maps(dtype, shape)))
+    weight = (torch.randn(out, shape[1]) / shape[1] ** 0.5).to(dtype)
+    gate = torch.rand(shape[:2]) + 0.5
+    return {
+        "x": x,
+        "weight": draw(laid_out(weight.view(out, -1, *draw(st.sampled_from([(), (1, 1)]))))),
+        "gate": draw(st.none() | laid_out(gate.to(draw(st.sampled_from([dtype, torch.float32]))))),
+        "source": source,
+    }
+
+
+@st.composite
 def constant_layers(draw, dtype: torch.dtype, *shape: int, activation: str | None = None):
     weight = torch.randn(shape) / torch.Size(shape[1:]).numel() ** 0.5
     return ops.ConvNorm(
@@ -503,6 +529,7 @@ ARGUMENTS = {
         squeeze_excite,
         batch_norm_act,
         conv3x3,
+        pointwise_conv,
         depthwise_conv_bn_act,
         mbconv_block,
         dense_block,

@@ -59,6 +59,15 @@ CALLS = {
         x, m[:, :, None, None].expand(-1, -1, 3, 3), v
     ),
     "conv3x3, weight is x": lambda x, m, v: ops.conv3x3(x, x[..., 1:4, 2:5], padding=2),
+    "pointwise_conv, gate is of the weight": lambda x, m, v: ops.pointwise_conv(
+        x, m, m[: len(x)].sigmoid()
+    ),
+    "pointwise_conv, one row for all outputs": lambda x, m, v: ops.pointwise_conv(
+        x, m[:1].expand(40, -1), x[:, :, 0, 0]
+    ),
+    "pointwise_conv, x and raw are one": lambda x, m, v: ops.pointwise_conv(
+        x, m, None, ops.Source(x, ops.Norm(mean=torch.zeros(SIZE), var=torch.ones(SIZE), eps=0))
+    ),
     "depthwise_conv_bn_act, one norm": lambda x, m, v: depthwise(x, m, v).out,
     "depthwise_conv_bn_act, both results": lambda x, m, v: torch.cat(
         [part.flatten() for part in depthwise(x, m, v, pool=True)[:2]]

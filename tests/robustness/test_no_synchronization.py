@@ -30,9 +30,11 @@ ASSIGNERS_THAT_CHECK = {"max_iou_assign", "fcos_assign", "yolo_assign"}
 
 LAUNCHERS = [
     path
-    for name in ("triton", "op", "slices", "transition", "pointwise")
+    for name in ("triton", "op", "slices", "transition")
     for path in sorted(ROOT.glob(f"dlkernels/*/{name}.py"))
 ]
+# What runs on GPUs in place of kernels.
+LAUNCHERS.append(ROOT / "dlkernels" / "pointwise_conv" / "reference.py")
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../../include/scalar_types.h"
 #include "../capability.h"
+#include "../tiling.h"
 #include "conv3x3.h"
 
 // The passes of dense_block: batch norm + ReLU + convolution from one slice of
@@ -14,81 +14,11 @@
 
 namespace dlkernels {
 
-// The pixels of a batch of maps.
-struct Grid {
-  int64_t samples;
-  int64_t height;
-  int64_t width;
-};
-
-// `count` channels, from `first` on, of maps [samples, channels, height, width]
-// or, when channels_last, [samples, height, width, channels].
-struct Slice {
-  void* data;
-  ScalarType dtype;
-  bool channels_last;
-  int64_t channels;
-  int64_t first;
-  int64_t count;
-};
-
-// z = (x - mean) * scale + shift, per channel.
-struct Affine {
-  const float* mean;
-  const float* scale;
-  const float* shift;
-};
-
 // Dropout multiplies a value by `scale` where `kept`, by zero elsewhere.
 struct Dropout {
   const uint8_t* kept;  // [samples, height, width, count of the slice], or null
   float scale;
 };
-
-// How a grid is cut into tiles: whole rows of one sample, with the neighbours
-// that a 3x3 kernel needs, or for a 1x1 kernel any stretch of pixels.
-struct Tiling {
-  Grid grid;
-  int64_t halo;   // 1 for 3x3, 0 for 1x1
-  int64_t size;   // rows per tile, or pixels where there is no halo
-  int64_t bands;  // tiles per sample where there is a halo
-  int64_t tiles;
-};
-
-static inline Tiling tiling_of(const Grid& grid, int64_t kernel) {
-  // Enough pixels to amortise the weights, few enough to stay in L2.
-  constexpr int64_t kPixels = 224;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t total = grid.samples * grid.height * grid.width;
-  if (total == 0) {
-    return {grid, kernel / 2, 1, 0, 0};
-  }
-  if (kernel == 1) {
-    return {grid, 0, kPixels, 0, ceil_div(total, kPixels)};
-  }
-  const int64_t bands = ceil_div(grid.height * (grid.width + 1), 2 * kPixels);
-  // Tiles of minimal filtering have two rows.
-  const int64_t rows = 2 * ceil_div(grid.height, 2 * bands);
-  const int64_t used = ceil_div(grid.height, rows);
-  return {grid, 1, rows, used, used * grid.samples};
-}
-
-static inline int64_t pixels_of(const Tiling& tiling, int64_t tile) {
-  const Grid& grid = tiling.grid;
-  const bool rows = tiling.halo != 0;
-  const int64_t first = (rows ? tile % tiling.bands : tile) * tiling.size;
-  const int64_t extent =
-      rows ? grid.height : grid.samples * grid.height * grid.width;
-  const int64_t rest = extent - first;
-  const int64_t count = rest < tiling.size ? rest : tiling.size;
-  return rows ? count * grid.width : count;
-}
-
-// Tiles in scratch memory are cut into blocks of this many channels. The pitch
-// from pixel to pixel is one cache line longer, so that a channel's values in
-// successive pixels fall into different sets of the cache.
-constexpr int64_t kBlock = 128;
-constexpr int64_t kPitch = kBlock + 16;
 
 // 3x3 convolutions are minimal filtering, see conv3x3.h. At most so many tiles
 // of 2x2 outputs are worked on together, and so many channels are one panel of
@@ -96,27 +26,6 @@ constexpr int64_t kPitch = kBlock + 16;
 constexpr int64_t kMaxFilterTiles = 30;
 constexpr int64_t kMaxPanel = 32;
 constexpr int64_t kMaxChannelRows = 8;
-
-static inline int64_t block_count(int64_t channels) {
-  return (channels + kBlock - 1) / kBlock;
-}
-
-// Pixels of a tile in scratch memory, its halo included.
-static inline int64_t tile_length(const Tiling& tiling) {
-  return tiling.halo == 0 ? tiling.size
-                          : (tiling.size + 2) * (tiling.grid.width + 1) + 1;
-}
-
-// Columns of weights are padded to whole groups.
-constexpr int64_t kChannelGroup = 16;
-
-static inline int64_t group_count(int64_t channels) {
-  return (channels + kChannelGroup - 1) / kChannelGroup;
-}
-
-static inline int64_t padded_channels(int64_t channels) {
-  return group_count(channels) * kChannelGroup;
-}
 
 // Floats of scratch memory for any pass to `out` channels.
 static inline int64_t scratch_size(const Tiling& tiling, int64_t out) {
@@ -132,7 +41,7 @@ static inline int64_t pool_scratch_size(const Grid& grid) {
 // A weight is packed as a matrix [in, out] of blocks if its kernel is 1x1, as
 // PackConv3x3Args has it if it is 3x3.
 static inline int64_t packed_size(int64_t kernel, int64_t in, int64_t out) {
-  return kernel == 1 ? in * padded_channels(out)
+  return kernel == 1 ? packed_weight_size(in, out)
                      : kElements * in * (out + kMaxPanel);
 }
 

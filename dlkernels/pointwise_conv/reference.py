@@ -1,34 +1,21 @@
-"""1x1 convolutions as matrix products, with the gate of squeeze-and-excitation folded in.
+"""The 1x1 convolution of gated maps and its gradients, as PyTorch's matrix products.
 
-PyTorch's matrix product reads maps of either layout as they lie in memory; on CPUs it is faster
-than its convolution. A gate multiplies the input's channels, sample by sample: W diag(s) x is the
-same as scaling x, and moves fewer bytes where a sample has more pixels than W has rows.
+PyTorch's product reads maps of either layout as they lie in memory. A gate multiplies the input's
+channels, sample by sample: W diag(s) x is the same as scaling x, and moves fewer bytes where a
+sample has more pixels than W has rows.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlkernels.batch_norm_act.op import batch_norm_act
-from dlkernels.mbconv.reference import Norm
 from dlkernels.memory_format import columns, memory_format_of
 
 
-def pointwise(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
-    """1x1 convolution of gated maps, without bias.
-
-    Args:
-        x: [N, C, H, W].
-        weight: [O, C], dtype of ``x``.
-        gate: factors [N, C] of the input's channels, or None.
-
-    Returns:
-        [N, O, H, W] in the memory format of ``x``.
-    """
+def pointwise_conv(x: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """See :func:`dlkernels.ops.pointwise_conv`; gates have the dtype of ``x``."""
     if gate is not None and _is_small(x, weight):
         x, gate = x * gate[:, :, None, None], None
     if memory_format_of(x) == torch.channels_last:
@@ -41,38 +28,15 @@ def pointwise(x: Tensor, weight: Tensor, gate: Tensor | None = None) -> Tensor:
     return torch.bmm(gated, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
-class Projection(torch.autograd.Function):
-    """:func:`pointwise` that computes its input again in backward instead of saving it.
-
-    The input is what ``norm`` made of ``raw``. Of maps, backward keeps ``raw`` only, which the op
-    before this one keeps anyway.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        gate: Tensor | None,
-        raw: Tensor,
-        norm: Norm,
-    ) -> Tensor:
-        """``pointwise(x, weight, gate)``."""
-        ctx.save_for_backward(weight, gate, raw, *norm[:4])
-        ctx.options = norm.eps, norm.activation
-        return pointwise(x, weight, gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of x, weight and gate."""
-        weight, gate, raw, *values = ctx.saved_tensors
-        eps, activation = ctx.options
-        x = batch_norm_act(raw, *values, eps=eps, activation=activation).out
-        grad_gated = pointwise(grad, weight.t().contiguous())
-        of_weight = _of_small_maps if _is_small(x, weight) else _of_large_maps
-        grad_weight, grad_gate = of_weight(grad, x, weight, gate, grad_gated)
-        grad_x = grad_gated if gate is None else grad_gated.mul_(gate[:, :, None, None])
-        return grad_x, grad_weight, grad_gate, None, None
+def gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those of x, weight and gate."""
+    grad_gated = pointwise_conv(grad, weight.t().contiguous(), None)
+    of_weight = _of_small_maps if _is_small(x, weight) else _of_large_maps
+    grad_weight, grad_gate = of_weight(grad, x, weight, gate, grad_gated)
+    grad_x = grad_gated if gate is None else grad_gated.mul_(gate[:, :, None, None])
+    return grad_x, grad_weight, grad_gate
 
 
 def _is_small(x: Tensor, weight: Tensor) -> bool:
