@@ -79,6 +79,22 @@ def check_device(name: str, value: torch.Tensor, other_name: str, other: torch.T
         )
 
 
+def check_parameter(name: str, value: Any, x: torch.Tensor) -> None:
+    """``value`` is a tensor of float32 or the dtype of ``x``, on its device.
+
+    Raises:
+        TypeError: it is no tensor, or of another dtype.
+        ValueError: it is on another device.
+    """
+    check_tensor(name, value)
+    if value.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{name} must be float32 or have the dtype of x, {x.dtype}, but is {value.dtype}"
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, but is {value.device}")
+
+
 def check_constant(name: str, value: torch.Tensor) -> None:
     """``value`` requires no gradient, which it would not get."""
     if not torch.compiler.is_compiling() and value.requires_grad:

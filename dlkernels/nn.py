@@ -9,6 +9,7 @@ from dlkernels.batch_norm_act.modules import (
 from dlkernels.conv3x3.modules import Conv2d
 from dlkernels.dense_block.modules import DenseBlock, DenseLayer, Transition
 from dlkernels.mbconv.modules import DepthwiseConvBNAct, MBConv
+from dlkernels.residual_block.modules import ResidualBlock
 from dlkernels.squeeze_excite.modules import SqueezeExcite
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DenseLayer",
     "DepthwiseConvBNAct",
     "MBConv",
+    "ResidualBlock",
     "SqueezeExcite",
     "SyncBatchNormAct2d",
     "Transition",

@@ -19,6 +19,7 @@ from tests.mbconv import cases as mbconv
 from tests.numbers import DTYPES
 from tests.pointwise_conv import cases as pointwise
 from tests.pyramid_pool import cases as pyramid
+from tests.residual_sum import cases as residual_sum
 from tests.squeeze_excite import cases as excite
 
 
@@ -62,6 +63,11 @@ def run_mbconv_block(dtype):
     block = mbconv.BLOCKS["residual"]
     arguments = mbconv.block_arguments(block, dtype, torch.contiguous_format)
     return watch(ops.mbconv_block)(**arguments)
+
+
+def run_residual_sum(dtype):
+    leaves = residual_sum.make_leaves((2, 7, 5, 3, 2), dtype)
+    return watch(ops.residual_sum)(*residual_sum.arguments_of(leaves)[:4])
 
 
 def run_dense_block(dtype):

@@ -17,6 +17,7 @@ from dlkernels.accelerate import (
     conv3x3,
     dense_block,
     mbconv,
+    residual_block,
     squeeze_excite,
 )
 from dlkernels.accelerate.match import Match, follow_mode, type_name
@@ -78,7 +79,8 @@ def accelerate(
 
     These are, of torchvision and timm and by their exact types: squeeze-excite modules, dense
     blocks and transitions, the inverted residual blocks of EfficientNet, MobileNetV2, MobileNetV3
-    and MNASNet, and batch norms with an activation inside. Of any model: an ``nn.BatchNorm2d`` and
+    and MNASNet, the residual blocks of ResNet, ResNeXt, RegNet and SENet, and batch norms with an
+    activation inside. Of any model: an ``nn.BatchNorm2d`` and
     the activation module that follows it, in a sequence or, as a trace of their parent's forward
     shows, alone; and float32 3x3 convolutions of stride 1 on the CPU, of 32 channels or more. By
     their attributes, and after a copy with random parameters was shown to compute the formula in
@@ -172,6 +174,7 @@ def _matches(module: nn.Module, memory: str) -> Iterator[Match]:
     yield from squeeze_excite.matches(module)
     yield from dense_block.matches(module, memory)
     yield from mbconv.matches(module)
+    yield from residual_block.matches(module)
     yield from batch_norm_act.matches(module)
     yield from asff.matches(module)
     yield from atss.matches(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from dlkernels import backend
 from dlkernels.batch_norm_act import reference
-from dlkernels.batch_norm_act.reference import Norm
 from dlkernels.checks import (
     check_choice,
     check_constant,
@@ -189,15 +189,17 @@ def check_eps(name: str, eps: Any, training: bool) -> None:
         raise ValueError(f"{name} must be finite and {needed}, but is {eps}")
 
 
-def check_norm(name: str, norm: Any, x: Tensor, channels: int) -> None:
+def check_norm(
+    name: str, norm: Any, x: Tensor, channels: int, activations: Collection[str]
+) -> None:
     """Checks the norm of maps with that many channels, of the dtype and on the device of ``x``."""
-    if not isinstance(norm, Norm):
+    if not isinstance(norm, reference.Norm):
         raise TypeError(f"{name} must be a Norm, but is {type(norm).__name__}")
     check_channel_values(f"{name}.weight", norm.weight, x, channels)
     check_channel_values(f"{name}.bias", norm.bias, x, channels)
     check_statistics(f"{name}.", norm.mean, norm.var, x, channels)
     check_eps(f"{name}.eps", norm.eps, training=norm.mean is None)
-    check_choice(f"{name}.activation", norm.activation, reference.NORM_ACTIVATIONS)
+    check_choice(f"{name}.activation", norm.activation, activations)
 
 
 def check_batch(x: Tensor) -> None:

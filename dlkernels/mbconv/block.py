@@ -10,15 +10,13 @@ from torch import Tensor
 
 from dlkernels import backend
 from dlkernels.batch_norm_act.op import as_float, check_norm
-from dlkernels.checks import check_choice, check_flag, check_maps, check_tensor, describe
+from dlkernels.checks import check_flag, check_maps, check_parameter, describe
+from dlkernels.excitation import Excitation, check_excitation
 from dlkernels.mbconv import reference
 from dlkernels.mbconv.op import check_geometry, sides_of
-from dlkernels.mbconv.reference import ConvNorm, Excitation
+from dlkernels.mbconv.reference import ConvNorm
 from dlkernels.memory_format import new_maps
 from dlkernels.watch import watched
-
-SQUEEZE_ACTIVATIONS = ("relu", "silu")
-GATES = ("sigmoid", "hard_sigmoid")
 
 
 @watched
@@ -131,7 +129,7 @@ def _check_block(
             f"project.norm.activation must be 'identity', but is {project.norm.activation!r}"
         )
     if excitation is not None:
-        _check_excitation(excitation, channels, x)
+        check_excitation(excitation, channels, x)
     if residual and (out_channels, height, width) != x.shape[1:]:
         raise ValueError(
             f"residual must be False where the output, {[out_channels, height, width]}, has not "
@@ -154,7 +152,7 @@ def _check_block(
 
 def _check_matrix(name: str, layer: ConvNorm, in_channels: int, x: Tensor) -> int:
     """Checks a 1x1 convolution and its norm; returns the channels of its output."""
-    _check_parameter(f"{name}.weight", layer.weight, x)
+    check_parameter(f"{name}.weight", layer.weight, x)
     if layer.weight.dim() != 2 or layer.weight.shape[1] != in_channels:
         raise ValueError(
             f"{name}.weight must have shape [channels, {in_channels}], but is "
@@ -165,46 +163,9 @@ def _check_matrix(name: str, layer: ConvNorm, in_channels: int, x: Tensor) -> in
 
 
 def _check_norm(name: str, layer: ConvNorm, channels: int, x: Tensor) -> None:
-    check_norm(f"{name}.norm", layer.norm, x, channels)
+    check_norm(f"{name}.norm", layer.norm, x, channels, reference.ACTIVATIONS)
     if layer.norm.mean is None:
         raise ValueError(f"{name}.norm must have statistics, but its mean is None")
-
-
-def _check_excitation(excitation: Any, channels: int, x: Tensor) -> None:
-    if not isinstance(excitation, Excitation):
-        raise TypeError(
-            f"excitation must be an Excitation or None, but is {type(excitation).__name__}"
-        )
-    squeeze_weight, squeeze_bias, excite_weight, excite_bias, activation, gate = excitation
-    check_choice("excitation.activation", activation, SQUEEZE_ACTIVATIONS)
-    check_choice("excitation.gate", gate, GATES)
-    _check_parameter("excitation.squeeze_weight", squeeze_weight, x)
-    hidden = squeeze_weight.shape[0] if squeeze_weight.dim() == 2 else -1
-    shapes: dict[str, tuple[Any, list[int]]] = {
-        "squeeze_weight": (squeeze_weight, [hidden, channels]),
-        "squeeze_bias": (squeeze_bias, [hidden]),
-        "excite_weight": (excite_weight, [channels, hidden]),
-        "excite_bias": (excite_bias, [channels]),
-    }
-    for name, (value, shape) in shapes.items():
-        if value is None and name.endswith("bias"):
-            continue
-        _check_parameter(f"excitation.{name}", value, x)
-        if list(value.shape) != shape:
-            raise ValueError(
-                f"excitation.{name} must have shape {shape} with {channels} channels after the "
-                f"depthwise convolution, but is {describe(value)}"
-            )
-
-
-def _check_parameter(name: str, value: Any, x: Tensor) -> None:
-    check_tensor(name, value)
-    if value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{name} must be float32 or have the dtype of x, {x.dtype}, but is {value.dtype}"
-        )
-    if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, but is {value.device}")
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

@@ -19,7 +19,9 @@ from dlkernels.batch_norm_act.modules import (
 from dlkernels.batch_norm_act.reference import activate
 from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
-from dlkernels.mbconv.block import GATES, SQUEEZE_ACTIVATIONS, run_kernel
+from dlkernels.excitation import ACTIVATIONS as SQUEEZE_ACTIVATIONS
+from dlkernels.excitation import GATES
+from dlkernels.mbconv.block import run_kernel
 from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
 from dlkernels.mbconv.reference import ACTIVATIONS, ConvNorm, Excitation, Norm
 from dlkernels.pointwise_conv.op import Source, pointwise_conv

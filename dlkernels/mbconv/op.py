@@ -107,9 +107,9 @@ def depthwise_conv_bn_act(
     check_flag("pool", pool)
     sides = sides_of(padding)
     height, width = check_geometry(x, x.shape[1], weight, stride, sides)
-    check_norm("norm", norm, x, x.shape[1])
+    check_norm("norm", norm, x, x.shape[1], reference.ACTIVATIONS)
     if input_norm is not None:
-        check_norm("input_norm", input_norm, x, x.shape[1])
+        check_norm("input_norm", input_norm, x, x.shape[1], reference.ACTIVATIONS)
         if input_norm.mean is None:
             check_batch(x)
     if norm.mean is None and x.shape[0] * height * width == 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlkernels.batch_norm_act import reference as batch_norm_act
 from dlkernels.batch_norm_act.reference import NORM_ACTIVATIONS, Norm
+from dlkernels.excitation import Excitation
 
 ACTIVATIONS = NORM_ACTIVATIONS
 
@@ -27,33 +28,6 @@ class ConvNorm(NamedTuple):
     def tensors(self) -> list[Tensor | None]:
         """Those that may have a gradient, in order."""
         return [self.weight, *self.norm[:2]]
-
-
-class Excitation(NamedTuple):
-    """Squeeze-and-excitation of C channels: Hu et al. (2018), section 3.
-
-    Attributes:
-        squeeze_weight: [S, C].
-        squeeze_bias: [S] or None.
-        excite_weight: [C, S].
-        excite_bias: [C] or None.
-        activation: ``"relu"`` or ``"silu"``, between the two.
-        gate: ``"sigmoid"`` or ``"hard_sigmoid"``.
-    """
-
-    squeeze_weight: Tensor
-    squeeze_bias: Tensor | None
-    excite_weight: Tensor
-    excite_bias: Tensor | None
-    activation: str = "silu"
-    gate: str = "sigmoid"
-
-    def gates(self, pooled: Tensor) -> Tensor:
-        """A factor for each channel of pooled maps [N, C]."""
-        hidden = F.linear(pooled, self.squeeze_weight, self.squeeze_bias)
-        hidden = F.relu(hidden) if self.activation == "relu" else F.silu(hidden)
-        gate = F.sigmoid if self.gate == "sigmoid" else F.hardsigmoid
-        return gate(F.linear(hidden, self.excite_weight, self.excite_bias))
 
 
 def apply(x: Tensor, norm: Norm, pool: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dlkernels.conv3x3.modules import Conv2d
-from dlkernels.squeeze_excite.modules import SqueezeExcite
+from dlkernels.residual_block.modules import STYLES, ResidualBlock
+
+EXPANSION = 4  # channels of a bottleneck block's output, over its planes
 
 
 @dataclass(frozen=True)
@@ -35,80 +37,49 @@ class Widths:
     groups: int = 1
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, squeeze-excite, sum and ReLU; for the networks of 18 and 34 layers."""
+def _layers(in_channels: int, planes: int, stride: int, widths: Widths | None) -> list[nn.Conv2d]:
+    """The convolutions of a block: two of 3x3, or with ``widths`` a bottleneck's three."""
 
-    expansion = 1
+    def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        downsample: nn.Module | None,
-        widths: Widths,
-    ):
-        super().__init__()
-        self.conv1 = Conv2d(in_channels, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.se = _squeeze_excite(planes)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [N, C, H, W] to [N, planes, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.se(self.bn2(self.conv2(out)), shortcut)
+    if widths is None:
+        return [conv(in_channels, planes, 3, stride), conv(planes, planes, 3)]
+    reduced, spatial = int(planes * widths.reduce), int(planes * widths.spatial)
+    return [
+        conv(in_channels, reduced, 1),
+        conv(reduced, spatial, 3, stride, widths.groups),
+        conv(spatial, planes * EXPANSION, 1),
+    ]
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolution, squeeze-excite, sum and ReLU."""
-
-    expansion = 4
-
-    def __init__(
-        self,
-        in_channels: int,
-        planes: int,
-        stride: int,
-        downsample: nn.Module | None,
-        widths: Widths,
-    ):
-        super().__init__()
-        reduced, spatial = int(planes * widths.reduce), int(planes * widths.spatial)
-        out_channels = planes * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, reduced, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(reduced)
-        self.conv2 = Conv2d(reduced, spatial, 3, stride, 1, groups=widths.groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(spatial)
-        self.conv3 = nn.Conv2d(spatial, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.se = _squeeze_excite(out_channels)
-        self.downsample = downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [N, C, H, W] to [N, 4 planes, H / stride, W / stride]."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
-        return self.se(self.bn3(self.conv3(out)), shortcut)
-
-
-def _squeeze_excite(channels: int) -> SqueezeExcite:
-    """A block's last pass; the paper's reduction of 16, at least 8 hidden channels as in timm."""
+def _block(
+    in_channels: int, planes: int, stride: int, downsample: nn.Module | None, widths: Widths | None
+) -> ResidualBlock:
+    """Convolutions, squeeze-excite, sum and ReLU."""
+    parts: dict[str, nn.Module] = {}
+    layers = _layers(in_channels, planes, stride, widths)
+    for index, conv in enumerate(layers, 1):
+        parts |= {f"conv{index}": conv, f"norm{index}": nn.BatchNorm2d(conv.out_channels)}
+    channels = layers[-1].out_channels
+    # The paper's reduction of 16, at least 8 hidden channels as in timm.
     squeezed = max(8, (channels // 16 + 4) // 8 * 8)
-    return SqueezeExcite(channels, squeezed, output_activation="relu")
+    parts |= {
+        "squeeze": nn.Conv2d(channels, squeezed, 1),
+        "excite": nn.Conv2d(squeezed, channels, 1),
+    }
+    if downsample is not None:
+        parts["shortcut"] = downsample
+    return ResidualBlock.from_parts(parts, STYLES["resnet"])
 
 
 class SENet(nn.Module):
     """A ResNet of squeeze-excite blocks.
 
     Args:
-        block: BasicBlock or Bottleneck.
         depths: blocks in each of the four stages.
-        widths: channels inside the bottlenecks.
+        widths: channels inside the bottlenecks; None for blocks of two 3x3 convolutions, those of
+            the networks of 18 and 34 layers.
         deep_stem: three 3x3 convolutions (64, 64, 128 channels) in place of one 7x7, a 3x3
             convolution in place of 1x1 in the shortcuts of stages 2 to 4, and a pool that rounds
             up: SENet-154's stem.
@@ -120,9 +91,8 @@ class SENet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
         depths: tuple[int, int, int, int],
-        widths: Widths = Widths(),
+        widths: Widths | None = Widths(),
         *,
         deep_stem: bool = False,
         num_classes: int = 1000,
@@ -151,14 +121,14 @@ class SENet(nn.Module):
             blocks: list[nn.Module] = []
             for index in range(depth):
                 first = index == 0
-                out_channels = planes * block.expansion
+                out_channels = planes * (1 if widths is None else EXPANSION)
                 downsample = None
                 if first and (stride != 1 or channels != out_channels):
                     downsample = nn.Sequential(
                         nn.Conv2d(channels, out_channels, kernel, stride, kernel // 2, bias=False),
                         nn.BatchNorm2d(out_channels),
                     )
-                blocks.append(block(channels, planes, stride if first else 1, downsample, widths))
+                blocks.append(_block(channels, planes, stride if first else 1, downsample, widths))
                 channels = out_channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.dropout = nn.Dropout(dropout)
@@ -197,40 +167,40 @@ def from_timm_legacy(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def seresnet18(**options: Any) -> SENet:
     """SE-ResNet-18; options are those of :class:`SENet`."""
-    return SENet(BasicBlock, (2, 2, 2, 2), **options)
+    return SENet((2, 2, 2, 2), None, **options)
 
 
 def seresnet34(**options: Any) -> SENet:
     """SE-ResNet-34."""
-    return SENet(BasicBlock, (3, 4, 6, 3), **options)
+    return SENet((3, 4, 6, 3), None, **options)
 
 
 def seresnet50(**options: Any) -> SENet:
     """SE-ResNet-50."""
-    return SENet(Bottleneck, (3, 4, 6, 3), **options)
+    return SENet((3, 4, 6, 3), **options)
 
 
 def seresnet101(**options: Any) -> SENet:
     """SE-ResNet-101."""
-    return SENet(Bottleneck, (3, 4, 23, 3), **options)
+    return SENet((3, 4, 23, 3), **options)
 
 
 def seresnet152(**options: Any) -> SENet:
     """SE-ResNet-152."""
-    return SENet(Bottleneck, (3, 8, 36, 3), **options)
+    return SENet((3, 8, 36, 3), **options)
 
 
 def seresnext50_32x4d(**options: Any) -> SENet:
     """SE-ResNeXt-50 (32x4d)."""
-    return SENet(Bottleneck, (3, 4, 6, 3), Widths(2, 2, groups=32), **options)
+    return SENet((3, 4, 6, 3), Widths(2, 2, groups=32), **options)
 
 
 def seresnext101_32x4d(**options: Any) -> SENet:
     """SE-ResNeXt-101 (32x4d)."""
-    return SENet(Bottleneck, (3, 4, 23, 3), Widths(2, 2, groups=32), **options)
+    return SENet((3, 4, 23, 3), Widths(2, 2, groups=32), **options)
 
 
 def senet154(**options: Any) -> SENet:
     """SENet-154."""
     options = {"dropout": 0.2, **options}
-    return SENet(Bottleneck, (3, 8, 36, 3), Widths(2, 4, groups=64), deep_stem=True, **options)
+    return SENet((3, 8, 36, 3), Widths(2, 4, groups=64), deep_stem=True, **options)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dlkernels import backend
 from dlkernels.batch_norm_act.op import as_float, batch_norm_act, check_norm
-from dlkernels.batch_norm_act.reference import Norm
+from dlkernels.batch_norm_act.reference import NORM_ACTIVATIONS, Norm
 from dlkernels.checks import (
     check_device,
     check_like,
@@ -113,7 +113,7 @@ def _check_source(source: Any, x: Tensor) -> None:
         raise TypeError(f"source must be a Source, but is {type(source).__name__}")
     check_like("source.raw", source.raw, "x", x)
     check_shape("source.raw", source.raw, x.shape, "the shape of x")
-    check_norm("source.norm", source.norm, x, x.shape[1])
+    check_norm("source.norm", source.norm, x, x.shape[1], NORM_ACTIVATIONS)
     if source.norm.mean is None:
         raise ValueError("source.norm must have a mean and a var, but has None")
 

@@ -13,7 +13,7 @@ from tests.numbers import relative_error
 MODELS = {
     "torchvision efficientnet_b0": (lambda: torchvision.models.efficientnet_b0(), 16, 2),
     "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 11, 2),
-    "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8, 9),
+    "timm seresnet18": (lambda: timm.create_model("seresnet18"), 8, 1),
     "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 16, 2),
     "timm mobilenetv3_large_100": (lambda: timm.create_model("mobilenetv3_large_100"), 15, 2),
     "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 17, 2),
@@ -21,7 +21,10 @@ MODELS = {
     "timm tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 16, 2),
     "timm legacy_seresnet18": (lambda: timm.create_model("legacy_seresnet18"), 8, 1),
     "timm densenet121": (lambda: timm.create_model("densenet121"), 7, 2),
-    "torchvision regnet_y_400mf": (lambda: torchvision.models.regnet_y_400mf(), 16, 33),
+    "torchvision resnet50": (lambda: torchvision.models.resnet50(), 16, 1),
+    "timm legacy_seresnext26_32x4d": (lambda: timm.create_model("legacy_seresnext26_32x4d"), 8, 1),
+    "timm regnety_002": (lambda: timm.create_model("regnety_002"), 13, 1),
+    "torchvision regnet_y_400mf": (lambda: torchvision.models.regnet_y_400mf(), 16, 1),
 }
 BATCH_NORMS = (torch.nn.BatchNorm2d, timm.layers.BatchNormAct2d)
 SHARED_RELU = "serves 3 places"

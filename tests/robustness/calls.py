@@ -37,6 +37,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "Conv3x3": lambda: Conv3x3(CHANNELS, CHANNELS, 3, padding=1),
     "DepthwiseConvBNAct": lambda: dlkernels.nn.DepthwiseConvBNAct(CHANNELS, 3),
     "MBConv": lambda: dlkernels.nn.MBConv(CHANNELS, CHANNELS, 32, squeeze_channels=4),
+    "ResidualBlock": lambda: dlkernels.nn.ResidualBlock(
+        CHANNELS, 32, 8, 2, squeeze_channels=4, squeeze_place="before_last"
+    ),
+    "SEResidualBlock": lambda: dlkernels.nn.ResidualBlock(CHANNELS, CHANNELS, squeeze_channels=4),
     "DenseBlock": lambda: dlkernels.nn.DenseBlock(2, CHANNELS, 2, 4),
     "Transition": lambda: dlkernels.nn.Transition(CHANNELS, 8),
     "ASFF": ASFFOfOneMap,

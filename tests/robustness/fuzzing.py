@@ -280,6 +280,22 @@ def excitations(draw, dtype: torch.dtype, count: int):
 
 
 @st.composite
+def residual_sum(draw):
+    torch.manual_seed(draw(seeds))
+    dtype = draw(DTYPES)
+    x = draw(maps(dtype))
+    count = x.shape[1]
+    given = draw(flag) or not has_statistics(x)
+    return {
+        "x": x,
+        "shortcut": draw(maps(dtype, tuple(x.shape))),
+        "norm": draw(norms(count, dtype, given, activation="identity")),
+        "excitation": draw(st.none() | excitations(dtype, count)),
+        "activation": draw(st.sampled_from(["identity", "relu"])),
+    }
+
+
+@st.composite
 def mbconv_block(draw):
     torch.manual_seed(draw(seeds))
     dtype = draw(DTYPES)
@@ -532,6 +548,7 @@ ARGUMENTS = {
         pointwise_conv,
         depthwise_conv_bn_act,
         mbconv_block,
+        residual_sum,
         dense_block,
         transition,
         bn_relu_conv1x1,
@@ -634,6 +651,7 @@ IN_ANY_ORDER = (
     "batch_norm_act",
     "depthwise_conv_bn_act",
     "mbconv_block",
+    "residual_sum",
     "dense_block",
     "transition",
     "bn_relu_conv1x1",

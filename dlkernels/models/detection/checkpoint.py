@@ -18,7 +18,7 @@ from dlkernels.models.detection.detector import Detector
 from dlkernels.models.detection.yolo_head import LossWeights
 from dlkernels.models.detection.yolov3_asff import YOLOv3ASFF
 from dlkernels.models.detection.yolov4 import YOLOv4
-from dlkernels.models.senet import BasicBlock, SENet
+from dlkernels.models.senet import SENet
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class DetectorConfig:
 def _atss(classes: int, small: bool, options: dict[str, Any]) -> Detector:
     if not small:
         return ATSS(classes, Backbone.of(resnet50(weights=None)), **options)
-    body = SENet(BasicBlock, (1, 1, 1, 1), width=24)
+    body = SENet((1, 1, 1, 1), None, width=24)
     scaling: dict[str, Any] = {"channels": 64, "stacked_convs": 1, "anchor_scale": 3.0}
     return ATSS(classes, Backbone.of(body), **{**scaling, **options})
 
