@@ -116,7 +116,9 @@ def _statistics(x: Tensor, norm: Norm, excites: bool) -> tuple[Tensor | None, Te
     """Means of each sample [N, C], where they are needed, and mean and variance of the norm."""
     if norm.mean is not None and norm.var is not None:
         sample_mean = _MOMENTS(x)[0] if excites else None
-        return sample_mean, norm.mean.float(), norm.var.float()
+        # Copies, since backward keeps them and running statistics change.
+        mean, var = (value.to(torch.float32, copy=True) for value in (norm.mean, norm.var))
+        return sample_mean, mean, var
     sample_mean, squares = _MOMENTS(x)
     samples, area = x.shape[0], x.shape[2] * x.shape[3]
     # Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample

@@ -99,6 +99,17 @@ def test_running_statistics():
     assert relative_error(mine.eval()(x), theirs.eval()(x)) < 1e-5
 
 
+def test_running_statistics_may_change_before_backward():
+    block = randomized(bottleneck()).eval()
+    other, x = copy.deepcopy(block), make_maps()
+    out = block(x)
+    block.train()(make_maps())
+    out.square().sum().backward()
+    y = x.detach().requires_grad_()
+    other(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+
+
 def test_an_error_leaves_running_statistics_as_they_were():
     block = bottleneck()
     before = {name: buffer.clone() for name, buffer in block.named_buffers()}
