@@ -119,8 +119,8 @@ WRONG = {
         (scale_gradient, "trunk_output.block2.block2-0.f.b.1.weight"),
         (scale_gradient, "trunk_output.block3.block3-1.f.se.fc1.weight"),
         (scale_statistics, "trunk_output.block4.block4-2.f.a.1"),
-        (scale_output, "trunk_output.block2.block2-0.f.se"),
-        (scale_gradient_of_input, "trunk_output.block4.block4-0.f.b.1"),
+        (scale_output, "trunk_output.block2.block2-0"),
+        (scale_gradient_of_input, "trunk_output.block4.block4-0"),
     ],
 }
 
