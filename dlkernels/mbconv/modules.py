@@ -24,6 +24,7 @@ from dlkernels.excitation import GATES
 from dlkernels.mbconv.block import run_kernel
 from dlkernels.mbconv.op import DepthwiseOutput, depthwise_conv_bn_act
 from dlkernels.mbconv.reference import ACTIVATIONS, ConvNorm, Excitation, Norm
+from dlkernels.parts import add_parts
 from dlkernels.pointwise_conv.op import Source, pointwise_conv
 
 SAME = "same"
@@ -299,14 +300,7 @@ class MBConv(nn.Module):
         self.gate = gate
         self.drop_path = drop_path
         self.same_padding = same_padding
-        for part, name in self.names.items():
-            parent: nn.Module = self
-            *folders, last = name.split(".")
-            for folder in folders:
-                if folder not in parent._modules:
-                    parent.add_module(folder, nn.Module())
-                parent = parent.get_submodule(folder)
-            parent.add_module(last, parts[part])
+        add_parts(self, parts, self.names)
 
     def part(self, name: str) -> Any:
         """The layer that serves as this part, or None."""

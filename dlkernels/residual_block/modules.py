@@ -19,6 +19,7 @@ from dlkernels.batch_norm_act.sync import apply_norm, is_synchronized
 from dlkernels.checks import check_choice
 from dlkernels.excitation import ACTIVATIONS as SQUEEZE_ACTIVATIONS
 from dlkernels.excitation import GATES, Excitation
+from dlkernels.parts import add_parts
 from dlkernels.residual_block.convolution import Recipe, convolve
 from dlkernels.residual_sum.op import residual_sum
 from dlkernels.residual_sum.reference import ACTIVATIONS as OUTPUT_ACTIVATIONS
@@ -220,14 +221,7 @@ class ResidualBlock(nn.Module):
         self.output_activation = output_activation
         self.squeeze_activation = squeeze_activation
         self.gate = gate
-        for part, name in self.names.items():
-            parent: nn.Module = self
-            *folders, last = name.split(".")
-            for folder in folders:
-                if folder not in parent._modules:
-                    parent.add_module(folder, nn.Module())
-                parent = parent.get_submodule(folder)
-            parent.add_module(last, parts[part])
+        add_parts(self, parts, self.names)
 
     def part(self, name: str) -> Any:
         """The layer that serves as this part, or None."""
