@@ -3,17 +3,10 @@
 #include <string>
 #include <tuple>
 
-#include "../include/tensor.h"
+#include "norm.h"
 
 namespace dlkernels {
 namespace {
-
-void check_like(const Tensor& x, const Tensor& maps, const char* name) {
-  STD_TORCH_CHECK(
-      maps.sizes() == x.sizes() && maps.scalar_type() == x.scalar_type(),
-      name,
-      " must have the shape and dtype of x");
-}
 
 // [C], or [N, C] of the maps' samples and channels.
 Tensor channel_values(

@@ -1,7 +1,7 @@
 #include "residual_sum.h"
 
+#include "../nonlinearity.h"
 #include "../reduce.h"
-#include "../vec.h"
 
 namespace dlkernels {
 namespace DLKERNELS_CPU_CAPABILITY {
@@ -74,10 +74,6 @@ DLKERNELS_INLINE void for_each(
       body(item.offset + row * args.channels + c, of_channel, of_sample, lanes);
     });
   }
-}
-
-DLKERNELS_INLINE Vec relu(Vec value) {
-  return value < 0.0f ? Vec{} : value;
 }
 
 // ---- statistics ---------------------------------------------------------
@@ -187,7 +183,7 @@ void apply(const Args& args, int64_t begin, int64_t end) {
             const Vec value = deviation * of_sample(args.slope, lanes) +
                               of_sample(args.offset, lanes) +
                               load(shortcut + at, lanes);
-            store(out + at, args.relu ? relu(value) : value, lanes);
+            store(out + at, args.relu ? Relu{}.value(value) : value, lanes);
           });
     }
   });
